@@ -1,0 +1,1 @@
+"""Build a LLaMA from scratch, train it, and measure every step."""

@@ -1,0 +1,284 @@
+"""The story world: a probabilistic program that simulates a few animals and writes down what happens.
+
+Every choice draws from a known distribution and leaves its own trace in the text, so that one text comes from one
+sequence of choices, and -log p(story) is the sum over its choices. The mean of that sum over stories is the entropy
+of the source: the loss that no model can get below. The tests prove both by enumeration.
+"""
+import math
+import random
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Region:
+    """The words of one corner of the world. Names carry their pronouns, places their preposition."""
+
+    she: tuple
+    he: tuple
+    kinds: tuple
+    traits: tuple
+    places: tuple
+    colours: tuple
+    things: tuple
+
+
+VALLEY = Region(
+    she=("Vera", "Mia", "Anna", "Rosa", "Ida", "Lucy", "Nora", "Elsa", "Ruth", "Zoe"),
+    he=("Tom", "Ben", "Oscar", "Hugo", "Max", "Felix", "Leo", "Paul", "Sam", "Emil"),
+    kinds=("alpaca", "fox", "otter", "rabbit", "hedgehog", "goose", "badger", "mouse", "owl", "bear", "goat", "cat"),
+    traits=("shy", "brave", "curious", "lazy", "clever", "gentle", "proud", "hungry", "sleepy", "honest", "funny", "quiet"),
+    places=("by the river", "at the mill", "on the hill", "in the barn", "under the oak", "near the well",
+            "behind the church", "in the garden", "on the bridge", "at the market"),
+    colours=("red", "blue", "green", "yellow", "white", "orange", "purple", "silver"),
+    things=("kite", "drum", "bell", "hat", "basket", "lamp", "ball", "umbrella", "book", "scarf", "spoon", "apple"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How hard a story is: inclusive ranges of how many characters, objects and events it has."""
+
+    characters: tuple = (2, 3)
+    objects: tuple = (1, 2)
+    events: tuple = (4, 7)
+
+
+# Sentences. N is the acting character, S the same or a pronoun (where the event before had the same actor), O another
+# character, P a place ("by the river"), G the same place without its preposition ("the river"), T a thing ("the blue kite").
+FIRST = ("Once upon a time, {a} {kind} named {name} lived {P}.",
+         "There was once {a} {kind}. {Her} name was {name}, and {she} lived {P}.",
+         "{name} the {kind} was {trait}. {She} had a little house {P}.",
+         "Long ago, {P}, there lived {a} {kind} called {name}.")
+OTHER = ("{name}, {a} {kind}, lived {P}.",
+         "{A} {kind} named {name} had a house {P}.",
+         "Everyone knew {name}, the {trait} {kind} {P}.",
+         "There was also {name}, {a} {kind}, who lived {P}.")
+OWNED = ("{name} had {a} {thing}.", "{name} owned {a} {thing}.", "{A} {thing} belonged to {name}.")
+FOUND = ("{A} {thing} lay {P}.", "Somebody had left {a} {thing} {P}.")
+DAYS = ("One {} morning", "One {} evening", "On a {} day")
+WEATHER = ("warm", "cold", "windy", "rainy", "sunny", "foggy")
+LINKS = (("", 8), ("Then ", 3), ("Soon ", 2), ("After lunch ", 1), ("A little later ", 1), ("The next day ", 1))
+EVENTS = {
+    "walk": (3, ("{S} walked to {G}.", "{S} ran all the way to {G}.", "{S} set off for {G}.")),
+    "visit": (4, ("{S} went to see {O} {P}.", "{S} paid {O} a visit {P}.", "{S} looked for {O} and found {him} {P}.")),
+    "give": (5, ("{S} gave {O} {T}.", "{S} handed {T} to {O}.", "{S} let {O} have {T}.")),
+    "drop": (1, ("{S} put {T} down {P}.", "{S} left {T} {P}.")),
+    "take": (4, ("{S} found {T} {P} and took it along.", "{S} went to fetch {T}. It was still {P}.")),
+    "rest": (2, ("{S} took a nap {P}.", "{S} sat {P} and sang.", "{S} watched the clouds {P}.", "{S} had some soup {P}.")),
+    "play": (2, ("{S} played with {T}.", "{S} looked at {T} for a while.", "{S} was very fond of {T}.")),
+    "greet": (2, ('{S} said to {O}: "Good to see you!"', "{S} told {O} a story.", "{N} and {O} laughed together.")),
+    "muse": (1, ("{S} was still {trait}.", 'the {kind} smiled. "I like it here," said {N}.')),
+}
+WITH, LIES = "So now {T} is with {name}, {P}.", "So now {T} lies {P}."
+
+
+@dataclass(eq=False)
+class Character:
+    name: str
+    pronouns: tuple          # she, her, her / he, his, him
+    trait: str
+    kind: str
+    place: str
+
+
+@dataclass(eq=False)
+class Thing:
+    colour: str
+    noun: str
+    holder: Character | None
+    place: str | None        # where it lies, None while someone holds it
+
+    @property
+    def name(self):
+        return f"the {self.colour} {self.noun}"
+
+
+@dataclass
+class Story:
+    """A story, the facts at its end, and the log-probability (nats) with which the world tells it."""
+
+    text: str
+    logp: float
+    characters: list
+    things: list
+    asked: Thing
+    places: list = field(default_factory=list)   # every place that the text names, in order
+
+    @property
+    def question(self):
+        """The story up to "So now the blue kite is": what is left can only be known by tracking the state."""
+        return self.text[: self.text.rindex(self.asked.name) + len(self.asked.name)]
+
+    @property
+    def answer(self):
+        return self.text[len(self.question):]
+
+
+class Impossible(Exception):
+    """The text told so far is not a prefix of the text that is looked for."""
+
+
+class Teller:
+    """Makes the choices and writes the text: drawn from `rng`, or replayed from `script` (indices; 0 past its end)."""
+
+    def __init__(self, rng=None, script=(), wanted=None):
+        self.rng, self.script, self.wanted = rng, script, wanted
+        self.trail, self.logp, self.text = [], 0.0, ""
+
+    def pick(self, options, weights=None):
+        n = len(options)
+        if self.rng:
+            i = int(self.rng.random() * n) if weights is None else self.rng.choices(range(n), weights)[0]
+        else:
+            i = self.script[len(self.trail)] if len(self.trail) < len(self.script) else 0
+        self.trail.append((i, n))
+        self.logp += -math.log(n) if weights is None else math.log(weights[i] / sum(weights))
+        return options[i]
+
+    def say(self, sentence):
+        self.text += " " + sentence if self.text else sentence
+        if self.wanted is not None and not self.wanted.startswith(self.text):
+            raise Impossible
+
+
+def with_article(words):
+    return ("an " if words[0] in "aeiou" or words.startswith("honest") else "a ") + words
+
+
+def capital(words):
+    return words[0].upper() + words[1:]
+
+
+def without(items, *taken):
+    return [x for x in items if x not in taken]
+
+
+class World:
+    """A source of stories whose entropy is known.
+
+    >>> story = World().sample(0)
+    >>> story.text.startswith(story.question) and story.text.endswith(story.answer)
+    True
+    """
+
+    def __init__(self, region=VALLEY, setting=Setting()):
+        self.region, self.setting = region, setting
+
+    def sample(self, seed, split="train"):
+        """The story with this seed. `split` ("train" or "heldout") is part of the seed, so the two never share one."""
+        return self.tell(Teller(random.Random(f"{split} {seed}")))
+
+    def stories(self, n, split="train", start=0):
+        return [self.sample(seed, split) for seed in range(start, start + n)]
+
+    def enumerate(self, wanted=None):
+        """Every story that the world can tell, by depth-first search over the choices; with `wanted`, every way to tell
+        that text (the search turns back at the first word that differs). Small settings only without `wanted`."""
+        script = []
+        while True:
+            teller = Teller(script=script, wanted=wanted)
+            try:
+                story = self.tell(teller)
+                if wanted is None or story.text == wanted:
+                    yield story
+            except Impossible:
+                pass
+            script = teller.trail
+            while script and script[-1][0] == script[-1][1] - 1:
+                script.pop()
+            if not script:
+                return
+            script = [i for i, _ in script]
+            script[-1] += 1
+
+    def logprob(self, text):
+        """Log-probability (nats) of a text under the world, -inf if it cannot be told."""
+        ways = [story.logp for story in self.enumerate(wanted=text)]
+        return math.log(sum(math.exp(w) for w in ways)) if ways else -math.inf
+
+    def tell(self, t):
+        r, s = self.region, self.setting
+        scene = Scene(t)
+        for _ in range(t.pick(range(s.characters[0], s.characters[1] + 1))):
+            self.introduce(t, scene)
+        for _ in range(t.pick(range(s.objects[0], s.objects[1] + 1))):
+            self.place_thing(t, scene)
+        opening = t.pick(DAYS).format(t.pick(WEATHER)) + ", "
+        for _ in range(t.pick(range(s.events[0], s.events[1] + 1))):
+            scene.happen(opening, r.places)
+            opening = None
+        asked = t.pick(scene.things)
+        holder = asked.holder
+        place = holder.place if holder else asked.place
+        t.say((WITH if holder else LIES).format(T=asked.name, name=holder and holder.name, P=place))
+        return Story(t.text, t.logp, scene.people, scene.things, asked, scene.places)
+
+    def introduce(self, t, scene):
+        r, people = self.region, scene.people
+        female = t.pick((True, False))
+        name = t.pick(without(r.she if female else r.he, *(p.name for p in people)))
+        person = Character(name, ("she", "her", "her") if female else ("he", "his", "him"),
+                           t.pick(without(r.traits, *(p.trait for p in people))),
+                           t.pick(without(r.kinds, *(p.kind for p in people))), t.pick(r.places))
+        article = with_article(person.trait)
+        she, her, _ = person.pronouns
+        t.say(t.pick(OTHER if people else FIRST).format(
+            name=name, kind=person.kind, trait=person.trait, P=person.place, she=she, She=capital(she), Her=capital(her),
+            a=article, A=capital(article)))
+        people.append(person)
+        scene.places.append(person.place)
+
+    def place_thing(self, t, scene):
+        r = self.region
+        colour = t.pick(without(r.colours, *(x.colour for x in scene.things)))
+        noun = t.pick(without(r.things, *(x.noun for x in scene.things)))
+        owner = t.pick([*scene.people, None], [3] * len(scene.people) + [2])
+        place = None if owner else t.pick(r.places)
+        article = with_article(colour)
+        t.say(t.pick(OWNED if owner else FOUND).format(
+            name=owner and owner.name, thing=noun, P=place, a=article, A=capital(article)))
+        scene.things.append(Thing(colour, noun, owner, place))
+        scene.places += [place] if place else []
+
+
+class Scene:
+    """The state of a story: who is where and has what; `happen` changes it and says so."""
+
+    def __init__(self, teller):
+        self.t, self.people, self.things, self.places, self.subject = teller, [], [], [], None
+
+    def possible(self, who):
+        """What can happen to `who` now: {event: what it can happen with}."""
+        others = without(self.people, who)
+        near = [p for p in others if p.place == who.place]
+        mine = [x for x in self.things if x.holder is who]
+        return {"walk": [None], "visit": without(others, *near), "give": [(o, x) for o in near for x in mine], "drop": mine,
+                "take": [x for x in self.things if x.place], "rest": [None], "play": mine, "greet": near,
+                "muse": [None]}
+
+    def happen(self, opening, all_places):
+        t = self.t
+        link = opening if opening else t.pick([l for l, _ in LINKS], [w for _, w in LINKS])
+        who = t.pick(self.people)
+        possible = self.possible(who)
+        events = [e for e in EVENTS if possible[e]]
+        event = t.pick(events, [EVENTS[e][0] for e in events])
+        what = t.pick(possible[event])
+        other, thing = what if event == "give" else (what, None) if event in ("visit", "greet") else (None, what)
+        if event == "walk":
+            place = t.pick(without(all_places, who.place))
+        else:
+            place = other.place if other else thing.place if event == "take" else who.place
+        sentence = t.pick(EVENTS[event][1])
+        pronoun = who is self.subject and "{S}" in sentence and t.pick((True, False))
+        t.say(capital(link + sentence.format(
+            S=who.pronouns[0] if pronoun else who.name, N=who.name, O=other and other.name, him=other and other.pronouns[2],
+            P=place, G=place.split(" ", 1)[1], T=thing and thing.name, trait=who.trait, kind=who.kind)))
+        if event in ("walk", "visit", "take"):
+            who.place = place
+        if event in ("give", "take", "drop"):
+            thing.holder = {"give": other, "take": who, "drop": None}[event]
+            thing.place = who.place if event == "drop" else None
+        if "{P}" in sentence or "{G}" in sentence:
+            self.places.append(place)
+        self.subject = who
