@@ -215,9 +215,8 @@ class World:
 
     def introduce(self, t, scene):
         r, people = self.region, scene.people
-        female = t.pick((True, False))
-        name = t.pick(without(r.she if female else r.he, *(p.name for p in people)))
-        person = Character(name, ("she", "her", "her") if female else ("he", "his", "him"),
+        name = t.pick(without(r.she + r.he, *(p.name for p in people)))
+        person = Character(name, ("she", "her", "her") if name in r.she else ("he", "his", "him"),
                            t.pick(without(r.traits, *(p.trait for p in people))),
                            t.pick(without(r.kinds, *(p.kind for p in people))), t.pick(r.places))
         article = with_article(person.trait)
