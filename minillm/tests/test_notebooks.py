@@ -210,14 +210,14 @@ def shows(**output):
 
 
 def test_run_problems_pass_a_sound_notebook():
-    cell = shows(output_type="stream", text="1/2 of https://example.org/home/page\n")
+    cell = shows(output_type="stream", text="1/2 of https://example.org/Users/page\n")
     assert run_problems(executed(new_markdown_cell("![ok](figure.svg)"), cell)) == []
 
 
 @pytest.mark.parametrize("cell, expected", [
     (shows(output_type="error", ename="KeyError", evalue="", traceback=[]), "stored error KeyError"),
     (shows(output_type="stream", name="stderr", text="a warning"), "writes to stderr"),
-    (shows(output_type="stream", text="saved to /home/ada/model"), "path of one machine: /home/ada"),
+    (shows(output_type="stream", text="saved to /Users/ada/model"), "path of one machine: /Users/ada"),
     (shows(output_type="execute_result", data={"text/plain": r"'C:\\Users\\ada'"}), "path of one machine"),
     (shows(output_type="display_data", data={"application/vnd.jupyter.widget-view+json": {}}), "shows a widget"),
     (shows(output_type="display_data", data={"text/html": "<img src='http://x/y.png'>"}), "fetches an image"),
