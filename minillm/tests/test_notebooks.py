@@ -159,6 +159,11 @@ def check_problems(notebook, verdict):
 
 # ---- the checks on the course
 
+def report(problems):
+    if problems:
+        pytest.fail("\n\n".join(problems), pytrace=False)
+
+
 def each(paths):
     return pytest.mark.parametrize("path", paths, ids=[f"{path.parent.name}/{path.name}" for path in paths])
 
@@ -166,22 +171,22 @@ def each(paths):
 @each(CHAPTERS + SOLUTIONS + EXERCISES)
 def test_notebook_was_run(path):
     notebook = read(path)
-    assert not run_problems(notebook) + link_problems(notebook, path.parent)
+    report(run_problems(notebook) + link_problems(notebook, path.parent))
 
 
 @each(CHAPTERS)
 def test_chapter(path):
-    assert not chapter_problems(read(path))
+    report(chapter_problems(read(path)))
 
 
 @each(SOLUTIONS)
 def test_solutions(path):
-    assert not solution_problems(read(path), path.name)
+    report(solution_problems(read(path), path.name))
 
 
 @each(EXERCISES)
 def test_exercises(path):
-    assert not exercise_problems(read(path), read(ROOT / "solutions" / path.name))
+    report(exercise_problems(read(path), read(ROOT / "solutions" / path.name)))
 
 
 def test_each_has_its_counterpart():
@@ -190,7 +195,7 @@ def test_each_has_its_counterpart():
 
 
 def test_package_is_what_the_notebooks_export(tmp_path):
-    assert not package_problems(ROOT, tmp_path)
+    report(package_problems(ROOT, tmp_path))
 
 
 # ---- the checks on samples, each broken in one way
