@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 
 import nbformat
@@ -78,54 +79,48 @@ def mistake(check, wrong, expected):
     print(f"caught: {message}")
 
 
-def _tagged_mistakes(cell):
+def _is_mistake(cell):
     return "mistakes" in cell.metadata.get("tags", ())
 
 
 def stamp(notebook):
     """Mark answer and check cells, in place, for nbgrader: answers editable, checks locked and worth one point each.
 
-    Raises ValueError unless every answer has its two markers and its check, and every check its answer and its own name.
+    Raises ValueError unless answers and checks follow each other by turns, each in a cell of its own, every answer has its
+    two markers and every check its own name.
     """
-    answer, grade_ids = None, set()
     for cell in notebook.cells:
         cell.metadata.pop("nbgrader", None)
-        if cell.cell_type != "code" or _tagged_mistakes(cell):
-            continue
-        markers, names = MARKER.findall(cell.source), CHECK.findall(cell.source)
-        where = f"the cell beginning {cell.source.strip().partition(chr(10))[0]!r}"
+    marked = [cell for cell in notebook.cells if cell.cell_type == "code" and not _is_mistake(cell)
+              and (MARKER.search(cell.source) or CHECK.search(cell.source))]
+    if not marked:
+        raise ValueError("no exercise: no cell has a line that begins with `with exercise(...):`")
+    grade_ids = set()
+    for answer, check in zip_longest(marked[::2], marked[1::2], fillvalue=nbformat.v4.new_code_cell()):
+        markers, names, misplaced = (pattern.findall(cell.source) for pattern, cell in
+                                     [(MARKER, answer), (CHECK, check), (CHECK, answer)])
+        if misplaced:
+            raise ValueError(f"{misplaced[0]}: a check needs a cell of its own, after a cell with the answer between "
+                             "### BEGIN SOLUTION and ### END SOLUTION")
+        first_line = answer.source.strip().splitlines()[0]
         if markers != ["BEGIN", "END"] * (len(markers) // 2):
-            raise ValueError(f"{where}: each ### BEGIN SOLUTION needs one ### END SOLUTION after it, found {markers}")
-        if markers and names:
-            raise ValueError(f"{where}: holds an answer and the check {names[0]!r}; give the check a cell of its own")
-        if markers and answer:
-            raise ValueError(f"{where}: the answer before it has no check (with exercise(...):)")
-        if markers:
-            answer = cell
-        for name in names:
-            grade_id = re.sub("[^A-Za-z0-9]+", "-", name).strip("-")
-            if not answer:
-                raise ValueError(f"{name}: no answer between ### BEGIN SOLUTION and ### END SOLUTION before this check")
-            if grade_id in grade_ids:
-                raise ValueError(f"{name}: two exercises have this name")
-            grade_ids.add(grade_id)
-            common = {"schema_version": 3, "task": False}
-            answer.metadata["nbgrader"] = nbformat.from_dict(
-                common | {"grade_id": grade_id + "-answer", "solution": True, "grade": False, "locked": False})
-            cell.metadata["nbgrader"] = nbformat.from_dict(
-                common | {"grade_id": grade_id, "solution": False, "grade": True, "locked": True, "points": 1})
-            answer = None
-    if answer:
-        raise ValueError(f"the answer {answer.source.strip().partition(chr(10))[0]!r} has no check (with exercise(...):)")
-    if not grade_ids:
-        raise ValueError("no exercise: no cell has a line that begins with exercise(...):")
+            raise ValueError(f"{first_line!r}: each ### BEGIN SOLUTION needs one ### END SOLUTION after it, found {markers}")
+        if len(names) != 1 or MARKER.search(check.source):
+            raise ValueError(f"{first_line!r}: an answer needs one check (with exercise(...):), before the next answer")
+        grade_id = re.sub("[^A-Za-z0-9]+", "-", names[0]).strip("-")
+        if grade_id in grade_ids:
+            raise ValueError(f"{names[0]}: two exercises have this name")
+        grade_ids.add(grade_id)
+        for cell, settings in (answer, {"grade_id": f"{grade_id}-answer", "solution": True, "grade": False, "locked": False}), \
+                (check, {"grade_id": grade_id, "solution": False, "grade": True, "locked": True, "points": 1}):
+            cell.metadata["nbgrader"] = nbformat.from_dict({"schema_version": 3, "task": False, **settings})
 
 
 def strip(notebook):
     """A copy of a notebook of solutions as the learner gets it: no answers, no `mistakes` cells, no outputs."""
     notebook = copy.deepcopy(notebook)
     stamp(notebook)
-    notebook.cells = [cell for cell in notebook.cells if not _tagged_mistakes(cell)]
+    notebook.cells = [cell for cell in notebook.cells if not _is_mistake(cell)]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.source = ANSWER.sub(rf'\1raise NotImplementedError("{BLANK}")', cell.source)

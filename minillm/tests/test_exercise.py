@@ -179,14 +179,15 @@ def test_stamp_takes_back_what_no_longer_holds():
 
 
 @pytest.mark.parametrize("sources, said", [
-    ([ANSWER.replace("### END", "END"), CHECK], r"the cell beginning 'def one\(x\):': each ### BEGIN SOLUTION needs one"),
+    ([ANSWER.replace("### END", "END"), CHECK], r"'def one\(x\):': each ### BEGIN SOLUTION needs one"),
     ([ANSWER.replace("### BEGIN", "BEGIN"), CHECK], "each ### BEGIN SOLUTION needs one"),
     ([ANSWER + "\n    ### BEGIN SOLUTION", CHECK], "each ### BEGIN SOLUTION needs one"),
-    ([STUB, CHECK], "01.1 one: no answer between"),
-    ([ANSWER, CHECK, CHECK], "01.1 one: no answer between"),
-    ([ANSWER], r"'def one\(x\):' has no check"),
-    ([ANSWER, ANSWER, CHECK], "the answer before it has no check"),
-    ([ANSWER + "\n" + CHECK], "holds an answer and the check '01.1 one'"),
+    ([STUB, CHECK], "01.1 one: a check needs a cell of its own, after a cell with the answer"),
+    ([ANSWER, CHECK, CHECK], "01.1 one: a check needs a cell of its own"),
+    ([ANSWER + "\n" + CHECK], "01.1 one: a check needs a cell of its own"),
+    ([ANSWER], r"'def one\(x\):': an answer needs one check"),
+    ([ANSWER, ANSWER, CHECK], "an answer needs one check"),
+    ([ANSWER, CHECK + "\n" + CHECK], "an answer needs one check"),
     ([ANSWER, CHECK, ANSWER, CHECK], "01.1 one: two exercises have this name"),
     (["import torch"], "no exercise"),
     ([], "no exercise"),
@@ -240,7 +241,7 @@ def test_generated_exercises_grade_as_nbgrader_expects(folders):
 
 def test_main_names_the_file_and_the_fault(tmp_path):
     nbformat.write(notebook(STUB, CHECK), tmp_path / "01_one.ipynb")
-    with pytest.raises(ValueError, match="01_one.ipynb: 01.1 one: no answer"):
+    with pytest.raises(ValueError, match="01_one.ipynb: 01.1 one: a check needs"):
         main(str(tmp_path / "01_one.ipynb"), str(tmp_path / "exercises"))
     assert not (tmp_path / "exercises").exists()
     with pytest.raises(ValueError, match="no notebook in"):

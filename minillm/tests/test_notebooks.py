@@ -62,6 +62,8 @@ def run_problems(notebook):
         found += [f"shows a path of one machine: {path}" for path in MACHINE_PATH.findall(text_of(cell))]
         found += ["shows a widget" for output in cell.outputs if any("widget" in kind for kind in output.get("data", {}))]
         problems += [f"{problem}, in the cell\n{cell.source}" for problem in found]
+    if any("execution" in cell.metadata for cell in notebook.cells):
+        problems.append("the times of a run are stored: execute with --ExecutePreprocessor.record_timing=False")
     for cell in notebook.cells:
         shown = cell.source if cell.cell_type == "markdown" else text_of(cell) if cell.cell_type == "code" else ""
         problems += [f"fetches an image: {found}" for found in FETCHED_IMAGE.findall(shown)]
@@ -241,6 +243,11 @@ def test_run_problems_of_order(counts, expected):
 
 def test_run_problems_of_widget_state():
     assert "widget state" in run_problems(executed(new_code_cell("1"), widgets={}))[0]
+
+
+def test_run_problems_of_timing():
+    cell = new_code_cell("1", metadata={"execution": {"iopub.status.busy": "2026-01-01"}})
+    assert "times of a run" in run_problems(executed(cell))[0]
 
 
 def test_link_problems(tmp_path):

@@ -1,0 +1,87 @@
+"""Does the test suite notice when the body of an exported function is deleted? For maintainers; it takes a while.
+
+    python -m minillm.tests.mutate notebooks/02_attention.ipynb ...      (default: all chapters)
+
+In a copy of the course, one function after another loses its body (it returns None), in the notebook and in the
+module exported from it; then the notebook, its solutions and `minillm/tests` run up to the first failure.
+Prints the functions whose loss nothing notices, and exits with their number.
+"""
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbdev.export import nb_export
+
+ROOT = Path(__file__).parents[2]
+
+
+def mutants(source):
+    """Pairs of a function's name and the source of its cell without the body of that function.
+
+    >>> [(name, cell.splitlines()[-1]) for name, cell in mutants('def f(x):\\n    "Doc."\\n    return x')]
+    [('f', '    return None')]
+    """
+    tree = ast.parse(source)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for parent in [tree, *classes]:
+        for node in parent.body:
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            body, doc = node.body, node.body[:1] if ast.get_docstring(node) else []
+            node.body = doc + ast.parse("return None").body if node.name != "__init__" else doc + [ast.Pass()]
+            yield (f"{parent.name}." if parent is not tree else "") + node.name, "#| export\n" + ast.unparse(tree)
+            node.body = body
+
+
+def suite_passes(course, name):
+    paths = [path for path in (f"notebooks/{name}", f"solutions/{name}") if (course / path).exists()]
+    env = {**os.environ, "PYTHONPATH": str(course), "MINILLM_CACHE": str(course / "cache")}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--nbval-cell-timeout=300", *paths, "minillm"]
+    try:
+        return subprocess.run(command, cwd=course, env=env, capture_output=True, timeout=1200).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def survivors(course, name):
+    """Names of the functions of one chapter whose loss nothing notices."""
+    path = course / "notebooks" / name
+    original, unnoticed = path.read_bytes(), []
+    for index, cell in enumerate(nbformat.reads(original.decode(), as_version=4).cells):
+        if not re.match(r"#\|\s*export", cell.source):
+            continue
+        for function, source in mutants(cell.source):
+            notebook = nbformat.reads(original.decode(), as_version=4)
+            notebook.cells[index].source = source
+            nbformat.write(notebook, path)
+            nb_export(str(path), str(course / "minillm"))
+            noticed = not suite_passes(course, name)
+            print(f"{name} {function}: {'noticed' if noticed else 'NOT NOTICED'}", flush=True)
+            unnoticed += [] if noticed else [function]
+    path.write_bytes(original)
+    nb_export(str(path), str(course / "minillm"))
+    return unnoticed
+
+
+def main(*paths):
+    count = 0
+    with tempfile.TemporaryDirectory() as folder:
+        course = Path(folder) / "course"
+        shutil.copytree(ROOT, course, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info"))
+        for path in paths or sorted(course.glob("notebooks/*.ipynb")):
+            name = Path(path).name
+            if not suite_passes(course, name):
+                sys.exit(f"{name} fails as it is: mend that first")
+            count += len(survivors(course, name))
+    print(f"{count} not noticed")
+    return count
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(*sys.argv[1:]), 100))
