@@ -61,7 +61,7 @@ def run_problems(notebook):
         found += [f"writes to stderr: {output.text!r}" for output in cell.outputs if output.get("name") == "stderr"]
         found += [f"shows a path of one machine: {path}" for path in MACHINE_PATH.findall(text_of(cell))]
         found += ["shows a widget" for output in cell.outputs if any("widget" in kind for kind in output.get("data", {}))]
-        problems += [f"{problem}, in the cell\n{cell.source}" for problem in found]
+        problems += [f"{problem}, in the cell that begins {cell.source.splitlines()[0]!r}" for problem in found]
     if any("execution" in cell.metadata for cell in notebook.cells):
         problems.append("the times of a run are stored: execute with --ExecutePreprocessor.record_timing=False")
     for cell in notebook.cells:
@@ -163,7 +163,7 @@ def check_problems(notebook, verdict):
 
 def report(problems):
     if problems:
-        pytest.fail("\n\n".join(problems), pytrace=False)
+        pytest.fail("\n".join(problems), pytrace=False)
 
 
 def each(paths):
