@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['PATTERN', 'check_text', 'split_pieces', 'check_special', 'split_special', 'count_pieces', 'count_pairs', 'merge_word',
            'order_key', 'train_merges', 'bpe', 'PieceCache', 'index_vocab', 'Codec', 'checksum', 'write_json',
-           'read_json', 'Tokenizer']
+           'parse_file', 'Tokenizer']
 
 # %% ../notebooks/01_tokenizer.ipynb #d5d38847
 # Byte-level BPE tokenizer: training, encoding, special tokens, files.
@@ -260,15 +260,14 @@ def write_json(path, data):
         part.unlink(missing_ok=True)
 
 
-def read_json(path):
-    "Reads what `write_json` wrote. Raises ValueError naming the file if it is damaged."
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content["sha256"] != checksum(content["data"]):
-            raise ValueError("the checksum does not fit the content")
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged or no file of this kind ({e}): save it again, or train again") from None
-    return content["data"]
+def parse_file(content):
+    "The four arguments of `Tokenizer` from the JSON value of a saved file. Raises various errors if it is none."
+    data = content["data"]
+    if content["sha256"] != checksum(data):
+        raise ValueError("the checksum does not fit the content")
+    vocab = {i: token.encode("latin-1") for i, token in enumerate(data["vocab"])}
+    merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in data["merges"]]
+    return vocab, merges, data["special_tokens"], data["pattern"]
 
 # %% ../notebooks/01_tokenizer.ipynb #1337a8ba
 class Tokenizer(Codec):
@@ -298,10 +297,10 @@ class Tokenizer(Codec):
     @classmethod
     def load(cls, path):
         "Reads what `save` wrote. Raises ValueError naming the file if it is damaged."
-        data = read_json(path)
-        vocab = {i: token.encode("latin-1") for i, token in enumerate(data["vocab"])}
-        merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in data["merges"]]
-        return cls(vocab, merges, data["special_tokens"], data["pattern"])
+        try:
+            return cls(*parse_file(json.loads(Path(path).read_text(encoding="utf-8"))))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+            raise ValueError(f"{path} is damaged or no tokenizer ({type(e).__name__}: {e}): save it or train again") from None
 
     def to_tiktoken(self):
         "The same tokenizer as a `tiktoken.Encoding`, which encodes and decodes in Rust."
