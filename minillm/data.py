@@ -34,13 +34,13 @@ IGNORE = -100                   # the target of a position that does not count, 
 def encode_document(text, tokenizer):
     "Ids of `text` between two <|endoftext|>. A <|endoftext|> within the text is ordinary text."
     if ENDOFTEXT not in tokenizer.special_tokens:
-        raise ValueError(f"the tokenizer lacks the special token {ENDOFTEXT}: train it with special_tokens=({ENDOFTEXT!r},)")
+        raise ValueError(f"the tokenizer lacks the special token {ENDOFTEXT}: train it with that")
     end = tokenizer.special_tokens[ENDOFTEXT]
     return [end, *tokenizer.encode(text, disallowed_special=()), end]
 
 # %% ../notebooks/06_data.ipynb #62309dac
 def count_characters(path):
-    "Characters of a UTF-8 file, without white space; reads in blocks. Raises ValueError if it is missing, a folder or no text."
+    "Characters of a UTF-8 file, without white space; read in blocks. Raises ValueError if missing, a folder or no text."
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the text files in it")
     decoder, characters, offset, block = getincrementaldecoder("utf-8")(), 0, 0, b"-"
@@ -74,7 +74,7 @@ def stream_documents(path):
 
 # %% ../notebooks/06_data.ipynb #d545fc93
 def fetch(url, part):
-    "Adds to the file `part` what it lacks of `url`; starts over where the server sends no ranges. Raises OSError if cut off."
+    "Adds to the file `part` what it lacks of `url`; starts over if the server sends no ranges. Raises OSError if cut off."
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -86,7 +86,7 @@ def fetch(url, part):
     have = have if response.status == 206 else 0
     total = have + int(response.headers.get("Content-Length", 0))
     with response, part.open("ab" if have else "wb") as file, tqdm(
-            initial=have, total=total or None, unit="B", unit_scale=True, ncols=90, desc=part.stem, file=sys.stdout) as bar:
+            desc=part.stem, initial=have, total=total or None, unit="B", unit_scale=True, ncols=90, file=sys.stdout) as bar:
         while block := response.read(2**16):
             file.write(block)
             bar.update(len(block))
@@ -116,7 +116,7 @@ def download(url, path, sha256):
         raise OSError(f"{url}: {e or type(e).__name__}. Call again to go on from where it stopped") from None
     if (found := file_sha256(part)) != sha256:
         part.unlink()
-        raise ValueError(f"{url} has the checksum {found} instead of {sha256}: changed, or damaged on the way. It was deleted")
+        raise ValueError(f"{url} has the checksum {found} instead of {sha256}: it was changed or damaged, and is deleted")
     os.replace(part, path)
     return path
 
@@ -128,7 +128,7 @@ CORPORA = {     # name: address, SHA-256, bytes
 
 
 def corpus(name, folder=None):
-    "The path of a corpus of `CORPORA`, downloaded at the first call into `folder` (the cache folder of the course, if None)."
+    "The path of a corpus of `CORPORA`, downloaded at the first call into `folder` (if None, the course's cache folder)."
     if name not in CORPORA:
         raise ValueError(f"no corpus is called {name!r}: there is {', '.join(CORPORA)}, or give the path of a text file")
     url, sha256, _ = CORPORA[name]
@@ -313,7 +313,7 @@ def fingerprint(tokenizer):
 
 
 def write_tokens(path, documents, tokenizer):
-    """Encodes `documents` (an iterable of str), one at a time, into a file for `read_tokens`; returns the number of tokens.
+    """Encodes `documents` (an iterable of str), one by one, into a file for `read_tokens`; returns the number of tokens.
 
     The file appears under its name when it is whole. uint16, or uint32 from 65,536 tokens in the vocabulary on."""
     path, dtype, crc, n = Path(path), "<u2" if tokenizer.n_vocab < 2**16 else "<u4", 0, 0
@@ -322,7 +322,7 @@ def write_tokens(path, documents, tokenizer):
         with part.open("wb") as file:
             file.write(bytes(HEADER))
             for text in documents:
-                ids = np.array(encode_document(text, tokenizer)[n > 0:], dtype)     # one <|endoftext|> between two documents
+                ids = np.array(encode_document(text, tokenizer)[n > 0:], dtype)   # one <|endoftext|> between two documents
                 crc, n = zlib.crc32(ids, crc), n + len(ids)
                 file.write(ids)
             if n == 0:
@@ -343,11 +343,11 @@ def read_tokens(path, tokenizer=None):
     try:
         with open(path, "rb") as file:
             header, crc = json.loads(file.read(HEADER)), 0
-            ids = np.memmap(path, header["dtype"], "r", HEADER, (header["tokens"],))
-            while block := file.read(2**20):
+            while block := file.read(2**16):
                 crc = zlib.crc32(block, crc)
         if crc != header["crc32"]:
             raise ValueError("the checksum does not fit the content")
+        ids = np.memmap(path, header["dtype"], "r", HEADER, (header["tokens"],))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged or no file of write_tokens ({e}): write it again") from None
     if tokenizer and header["tokenizer"] != fingerprint(tokenizer):
