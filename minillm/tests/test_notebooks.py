@@ -191,6 +191,11 @@ def test_exercises(path):
     report(exercise_problems(read(path), read(ROOT / "solutions" / path.name)))
 
 
+def test_links_of_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    report(link_problems(new_notebook(cells=[new_markdown_cell(text)]), ROOT))
+
+
 def test_each_has_its_counterpart():
     chapters, solutions, exercises = ({path.name for path in paths} for paths in (CHAPTERS, SOLUTIONS, EXERCISES))
     assert solutions == exercises and solutions <= chapters
