@@ -40,7 +40,7 @@ class Setting:
 
     characters: tuple = (2, 3)
     objects: tuple = (1, 2)
-    events: tuple = (4, 7)
+    events: tuple = (3, 6)
 
 
 # Sentences. N is the acting character, S the same or a pronoun (where the event before had the same actor), O another
@@ -59,16 +59,22 @@ DAYS = ("One {} morning", "One {} evening", "On a {} day")
 WEATHER = ("warm", "cold", "windy", "rainy", "sunny", "foggy")
 LINKS = (("", 8), ("Then ", 3), ("Soon ", 2), ("After lunch ", 1), ("A little later ", 1), ("The next day ", 1))
 EVENTS = {
-    "walk": (3, ("{S} walked to {G}.", "{S} ran all the way to {G}.", "{S} set off for {G}.")),
-    "visit": (4, ("{S} went to see {O} {P}.", "{S} paid {O} a visit {P}.", "{S} looked for {O} and found {him} {P}.")),
-    "give": (5, ("{S} gave {O} {T}.", "{S} handed {T} to {O}.", "{S} let {O} have {T}.")),
+    "walk": (2, ("{S} walked to {G}.", "{S} ran all the way to {G}.", "{S} set off for {G}.")),
+    "carry": (2, ("{S} carried {T} to {G}.", "{S} went to {G} and took {T} along.")),
+    "visit": (2, ("{S} went to see {O} {P}.", "{S} paid {O} a visit {P}.", "{S} looked for {O} and found {him} {P}.")),
+    "bring": (2, ("{S} brought {T} to {O}, who was {P}.", "{S} met {O} {P} and gave {him} {T}.")),
+    "give": (3, ("{S} gave {O} {T}.", "{S} let {O} have {T}.", "{S} handed {T} to {O} {P}.")),
     "drop": (1, ("{S} put {T} down {P}.", "{S} left {T} {P}.")),
-    "take": (4, ("{S} found {T} {P} and took it along.", "{S} went to fetch {T}. It was still {P}.")),
-    "rest": (2, ("{S} took a nap {P}.", "{S} sat {P} and sang.", "{S} watched the clouds {P}.", "{S} had some soup {P}.")),
-    "play": (2, ("{S} played with {T}.", "{S} looked at {T} for a while.", "{S} was very fond of {T}.")),
-    "greet": (2, ('{S} said to {O}: "Good to see you!"', "{S} told {O} a story.", "{N} and {O} laughed together.")),
+    "take": (2, ("{S} found {T} {P} and took it along.", "{S} went to fetch {T}. It was still {P}.")),
+    "rest": (1, ("{S} took a nap {P}.", "{S} sat {P} and sang.", "{S} watched the clouds {P}.", "{S} had some soup {P}.")),
+    "play": (1, ("{S} played with {T} {P}.", "{S} showed everybody {T} {P}.", "{S} was very fond of {T}.")),
+    "greet": (1, ('{S} said to {O}: "Good to see you!"', "{S} told {O} a story.", "{N} and {O} laughed together.")),
     "muse": (1, ("{S} was still {trait}.", 'the {kind} smiled. "I like it here," said {N}.')),
+    "who": (6, ("{S} wondered who had {T}. It was with {O}, {P}.", '{S} asked: "Where is {T}?" It was with {O}, {P}.')),
+    "where": (3, ("{S} wondered where {O} was. {O} was {P}.", '"I miss {O}," said {N}. But {O} was only {P}.')),
+    "lost": (3, ("{S} wondered where {T} was. It lay {P}.", '{S} asked: "Where is {T}?" It lay {P}.')),
 }
+MOVES, PASSES = ("walk", "carry", "visit", "bring", "take"), ("bring", "give", "take", "drop")   # change a place, a holder
 WITH, LIES = "So now {T} is with {name}, {P}.", "So now {T} lies {P}."
 
 
@@ -247,13 +253,17 @@ class Scene:
         self.t, self.people, self.things, self.places, self.subject = teller, [], [], [], None
 
     def possible(self, who):
-        """What can happen to `who` now: {event: what it can happen with}."""
+        """What `who` can do now: {event: the pairs (other character, thing) that it can be done with}."""
         others = without(self.people, who)
         near = [p for p in others if p.place == who.place]
+        far = without(others, *near)
         mine = [x for x in self.things if x.holder is who]
-        return {"walk": [None], "visit": without(others, *near), "give": [(o, x) for o in near for x in mine], "drop": mine,
-                "take": [x for x in self.things if x.place], "rest": [None], "play": mine, "greet": near,
-                "muse": [None]}
+        return {"walk": [(None, None)], "carry": [(None, x) for x in mine], "visit": [(o, None) for o in far],
+                "bring": [(o, x) for o in far for x in mine], "give": [(o, x) for o in near for x in mine],
+                "drop": [(None, x) for x in mine], "take": [(None, x) for x in self.things if x.place], "rest": [(None, None)],
+                "play": [(None, x) for x in mine], "greet": [(o, None) for o in near], "muse": [(None, None)],
+                "who": [(x.holder, x) for x in self.things if x.holder in others], "where": [(o, None) for o in far],
+                "lost": [(None, x) for x in self.things if x.place]}
 
     def happen(self, opening, all_places):
         t = self.t
@@ -262,22 +272,21 @@ class Scene:
         possible = self.possible(who)
         events = [e for e in EVENTS if possible[e]]
         event = t.pick(events, [EVENTS[e][0] for e in events])
-        what = t.pick(possible[event])
-        other, thing = what if event == "give" else (what, None) if event in ("visit", "greet") else (None, what)
-        if event == "walk":
+        other, thing = t.pick(possible[event])
+        if event in ("walk", "carry"):
             place = t.pick(without(all_places, who.place))
         else:
-            place = other.place if other else thing.place if event == "take" else who.place
+            place = other.place if other else thing.place if event in ("take", "lost") else who.place
         sentence = t.pick(EVENTS[event][1])
         pronoun = who is self.subject and "{S}" in sentence and t.pick((True, False))
         t.say(capital(link + sentence.format(
             S=who.pronouns[0] if pronoun else who.name, N=who.name, O=other and other.name, him=other and other.pronouns[2],
             P=place, G=place.split(" ", 1)[1], T=thing and thing.name, trait=who.trait, kind=who.kind)))
-        if event in ("walk", "visit", "take"):
+        if event in MOVES:
             who.place = place
-        if event in ("give", "take", "drop"):
-            thing.holder = {"give": other, "take": who, "drop": None}[event]
-            thing.place = who.place if event == "drop" else None
+        if event in PASSES:
+            thing.holder = who if event == "take" else other
+            thing.place = place if event == "drop" else None
         if "{P}" in sentence or "{G}" in sentence:
             self.places.append(place)
         self.subject = who

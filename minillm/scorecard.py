@@ -1,0 +1,100 @@
+"""The table that every stage of the model adds a row to: what it gained and what it cost."""
+import math
+import re
+import time
+
+import torch
+
+from minillm.data import IGNORE, encode_document
+from minillm.generate import generate
+from minillm.train import token_loss
+
+
+@torch.no_grad()
+def bits_per_byte(model, texts, tokenizer, batch_size=32):
+    """Bits that the model needs per UTF-8 byte of the texts (each a document, its end included), the unit that does not depend
+    on the tokenizer. Texts longer than max_seq_len are read in pieces that follow each other."""
+    model.eval()
+    length = model.config.max_seq_len
+    pieces = []
+    for text in texts:
+        ids = encode_document(text, tokenizer)
+        pieces += [ids[i:i + length + 1] for i in range(0, len(ids) - 1, length)]
+    pieces.sort(key=len)
+    nats = sum(token_loss(model, *padded(pieces[i:i + batch_size], model)).item() for i in range(0, len(pieces), batch_size))
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def padded(rows, model):
+    """Lists of ids -> inputs and targets, filled up at the right with IGNORE, on the device of the model."""
+    ids = torch.full((len(rows), max(map(len, rows))), IGNORE)
+    for row, target in zip(rows, ids):
+        target[:len(row)] = torch.tensor(row)
+    ids = ids.to(next(model.parameters()).device)
+    return ids[:, :-1].clamp(min=0), ids[:, 1:]
+
+
+@torch.no_grad()
+def consistency(model, stories, tokenizer, batch_size=32):
+    """Share of stories whose end the model completes exactly: "So now the blue kite" -> " is with Vera, by the river."
+
+    Greedy decoding gives the answer exactly when each of its tokens is the most likely one after those before it, so that
+    one pass over question and answer tells."""
+    model.eval()
+    right = 0
+    for i in range(0, len(stories), batch_size):
+        batch = stories[i:i + batch_size]
+        inputs, targets = padded([encode_document(s.text, tokenizer)[:-1] for s in batch], model)
+        for row, story in enumerate(batch):
+            targets[row, :len(encode_document(story.question, tokenizer)) - 2] = IGNORE
+        best = model(inputs).argmax(-1)
+        right += ((best == targets) | (targets == IGNORE)).all(1).sum().item()
+    return right / len(stories)
+
+
+def chance(stories):
+    """The consistency of a guess at random: among the characters of the story and none, and the places that it names."""
+    return sum(1 / ((len(s.characters) + 1) * len(set(s.places))) for s in stories) / len(stories)
+
+
+def last_named(stories):
+    """The consistency of a rule that reads but tracks nothing: the last character and the last place that were named."""
+    right = 0
+    for s in stories:
+        names = re.findall("|".join(c.name for c in s.characters), s.question)
+        right += s.answer == f" is with {names[-1]}, {s.places[-1]}."
+    return right / len(stories)
+
+
+def speed(model, tokenizer, new_tokens=64):
+    """Tokens per second of one story being written."""
+    start = torch.tensor([encode_document("", tokenizer)[:1]], device=next(model.parameters()).device)
+    began = time.perf_counter()
+    generate(model, start, new_tokens)
+    return new_tokens / (time.perf_counter() - began)
+
+
+def size_mb(model):
+    """Megabytes (10^6 bytes) of the weights, a shared one counted once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+
+
+LEGEND = """bits/byte: what the model needs per byte of held-out stories; floor: the entropy of the world, which no model can beat;
+gap: how far above it; consistency: share of stories ended right ("So now the blue kite" -> " is with Vera, by the river.");
+chance: of a guess among the story's characters and places; last named: of the rule "the last name and place in the text"."""
+
+
+def score(name, model, tokenizer, stories):
+    """One row of the scorecard, on held-out stories."""
+    bpb = bits_per_byte(model, [s.text for s in stories], tokenizer)
+    floor = sum(-s.logp for s in stories) / math.log(2) / sum(len(s.text.encode()) for s in stories)
+    return {"stage": name, "bits/byte": f"{bpb:.4f}", "floor": f"{floor:.4f}", "gap": f"{bpb / floor - 1:.1%}",
+            "consistency": f"{consistency(model, stories, tokenizer):.1%}", "chance": f"{chance(stories):.1%}",
+            "last named": f"{last_named(stories):.1%}", "MB": f"{size_mb(model):.1f}", "tokens/s": f"{speed(model, tokenizer):.0f}"}
+
+
+def table(rows):
+    """Rows (dicts with the same keys) as text in columns."""
+    lines = [list(rows[0])] + [list(row.values()) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
