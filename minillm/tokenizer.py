@@ -88,12 +88,9 @@ def merge_word(word, pair, new):
     "The list `word` with each occurrence of `pair` replaced by `new`, from left to right, without overlaps."
     out, i = [], 0
     while i < len(word):
-        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
-            out.append(new)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
+        hit = word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]
+        out.append(new if hit else word[i])
+        i += 2 if hit else 1
     return out
 
 # %% ../notebooks/01_tokenizer.ipynb #181ce98f
