@@ -1,0 +1,369 @@
+"""What the notebook of the data chapter cannot show: downloads that fail in every way, fuzzed and damaged files, limits."""
+import hashlib
+import random
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+
+from minillm import data
+from minillm.data import (ENDOFTEXT, IGNORE, Rows, Windows, check_batch, clean, corpus, download, duplicates,
+                          encode_document, near_duplicates, overlap, quality, read_documents, read_tokens, shingles,
+                          split_documents, stream_documents, write_tokens)
+from minillm.tokenizer import Tokenizer
+from minillm.world import World
+
+STORIES = [story.text for story in World().stories(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(STORIES, 300)
+
+
+# ---- downloads
+
+CONTENT = random.Random(0).randbytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, start = self.server, 0
+        server.ranges.append(self.headers.get("Range"))
+        if server.honours_ranges and self.headers.get("Range"):
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        if self.path != "/file" or start >= len(CONTENT):
+            self.send_error(416 if self.path == "/file" else 404)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.end_headers()
+        self.wfile.write(CONTENT[start:start + server.cuts.pop(0)] if server.cuts else CONTENT[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.ranges, server.cuts, server.honours_ranges = [], [], True
+        server.url = f"http://127.0.0.1:{server.server_port}/file"
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_download(server, tmp_path, capsys):
+    path = download(server.url, tmp_path / "new" / "file.bin", SHA256)
+    assert path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ["file.bin"]
+    out, err = capsys.readouterr()
+    assert "100%" in out and not err
+    assert download(server.url, path, SHA256) == path and server.ranges == [None], "asked for what it had"
+
+
+def test_interrupted_download_goes_on(server, tmp_path):
+    server.cuts = [100_000, 50_000]
+    path = tmp_path / "file.bin"
+    for have in 100_000, 150_000:
+        with pytest.raises(OSError, match=f"after {have:,} of 300,000 bytes.*Call again"):
+            download(server.url, path, SHA256)
+        assert not path.exists() and (tmp_path / "file.bin.part").stat().st_size == have
+    download(server.url, path, SHA256)
+    assert path.read_bytes() == CONTENT and server.ranges == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_server_without_ranges_starts_over(server, tmp_path):
+    server.cuts, server.honours_ranges = [100_000], False
+    with pytest.raises(OSError):
+        download(server.url, tmp_path / "file.bin", SHA256)
+    assert download(server.url, tmp_path / "file.bin", SHA256).read_bytes() == CONTENT
+
+
+def test_part_that_is_whole_needs_nothing_more(server, tmp_path):
+    (tmp_path / "file.bin.part").write_bytes(CONTENT)
+    assert download(server.url, tmp_path / "file.bin", SHA256).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("start", [b"", b"x" * 1000, b"x" * 400_000])
+def test_wrong_checksum_leaves_nothing(server, tmp_path, start):
+    if start:
+        (tmp_path / "file.bin.part").write_bytes(start)
+    with pytest.raises(ValueError, match="has the checksum"):
+        download(server.url, tmp_path / "file.bin", SHA256 if start else "0" * 64)
+    assert not any(tmp_path.iterdir())
+    assert download(server.url, tmp_path / "file.bin", SHA256).read_bytes() == CONTENT
+
+
+def test_download_spares_a_file_of_other_content(server, tmp_path):
+    (tmp_path / "mine.txt").write_text("my own text")
+    with pytest.raises(ValueError, match="mine.txt is not what"):
+        download(server.url, tmp_path / "mine.txt", SHA256)
+    assert (tmp_path / "mine.txt").read_text() == "my own text" and not server.ranges
+
+
+def test_missing_page_and_missing_server(server, tmp_path):
+    with pytest.raises(OSError, match="404"):
+        download(server.url + "x", tmp_path / "file.bin", SHA256)
+    server.shutdown(), server.server_close()
+    with pytest.raises(OSError, match="refused"):
+        download(server.url, tmp_path / "file.bin", SHA256)
+    assert not any(tmp_path.iterdir())
+
+
+def test_corpus(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="no corpus is called 'tinyshakespear'.*tinyshakespeare"):
+        corpus("tinyshakespear")
+    text = ("Once upon a time. " * 100).encode()
+    monkeypatch.setitem(data.CORPORA, "tales", (server.url, hashlib.sha256(text).hexdigest(), len(text)))
+    (tmp_path / "tales.txt").write_bytes(text)
+    assert corpus("tales") == tmp_path / "tales.txt"
+    assert read_documents("tales") == [(str(tmp_path / "tales.txt"), text.decode())]
+
+
+def test_table_of_corpora():
+    for name, (url, sha256, size) in data.CORPORA.items():
+        assert url.startswith("https://") and len(sha256) == 64 and int(sha256, 16) and size > 0, name
+
+
+# ---- files of text
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "is empty"), (b" \n\t\r\n", "is empty"), ("\u00a0\u2003".encode(), "is empty"),
+    (b"short", "5 characters are too few to learn from, at least 1000"),
+    (b"a" * 2000 + b"\0" + b"a" * 2000, "byte 2000 is NUL"),
+    (b"a" * (2**20 + 5) + b"\0", "byte 1048581 is NUL"),
+    ("abc".encode("utf-16"), "NUL"),
+    (b"a" * 3000 + b"\xe9t\xe9", "byte 3000 is 0xe9"),
+    (b"a" * (2**20 - 1) + "é".encode() + b"\xff", "byte 1048577 is 0xff"),
+    (b"a" * (2**20 - 1) + b"\xc3x", "byte 1048575 is 0xc3"),
+    (b"a" * 2000 + b"\xe2\x82", "byte 2000 is 0xe2"),
+    (b"a" * 2000 + b"\xed\xa0\x80", "byte 2000 is 0xed")])
+def test_bad_file_is_refused_before_any_is_read(tmp_path, monkeypatch, content, message):
+    (tmp_path / "bad.txt").write_bytes(content)
+    paths = [tmp_path / "bad.txt"]
+    if len(content) != 5:
+        (tmp_path / "good.txt").write_text("word " * 1000)
+        paths.insert(0, tmp_path / "good.txt")
+    monkeypatch.setattr(data, "stream_documents", lambda path: pytest.fail("read before all were checked"))
+    with pytest.raises(ValueError, match=message) as error:
+        read_documents(paths)
+    assert "bad.txt" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, message", [("gone.txt", "gone.txt cannot be read: No such file"), ("", "is a folder")])
+def test_missing_file_and_folder(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        read_documents(tmp_path / name)
+
+
+def test_no_file():
+    with pytest.raises(ValueError, match="no file: 0 characters"):
+        read_documents([])
+
+
+def test_documents_of_several_files(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufefféé\r\n".encode() * 500 + b"<|endoftext|>\n<|endoftext|>last")
+    (tmp_path / "b.txt").write_text("你" * 2**20 + "好")
+    got = read_documents([str(tmp_path / "a.txt"), tmp_path / "b.txt"])
+    assert [(name[-5:], len(text)) for name, text in got] == [("a.txt", 2500), ("a.txt", 4), ("b.txt", 2**20 + 1)]
+
+
+def test_stream_documents_cuts_like_split(tmp_path):
+    rng, path = random.Random(0), tmp_path / "x.txt"
+    for _ in range(200):
+        text = "".join(rng.choices(["a", "é", "\n", "\r\n", "\r", ENDOFTEXT, "<|endof", "text|>", " "], k=rng.randrange(20)))
+        path.write_bytes(text.encode())
+        assert [*stream_documents(path)] == text.split(ENDOFTEXT)
+
+
+# ---- cleaning, duplicates, quality
+
+def test_clean_fuzzed():
+    rng = random.Random(0)
+    pieces = ["a", "e\u0301", " ", "\t", "\n", "\r", "\r\n", "\x85", "\u2028", "\x00", "\x0b", "\x0c", "\x1b", "\u200b", "\ufeff", "\u00a0", "🦙"]
+    for _ in range(2000):
+        text = clean("".join(rng.choices(pieces, k=rng.randrange(25))))
+        assert clean(text) == text and text == text.strip() and "\n\n\n" not in text
+        assert not set(text) - set("aé \t\n\u00a0🦙"), repr(text)
+
+
+@pytest.mark.parametrize("dirty, tidy", [
+    ("Zoe\u0308\r\nand\rI\u2028went", "Zoë\nand\nI\nwent"), ("\ufeffa \t\nb", "a\nb"), ("a\n\n\n\n b", "a\n\n b"),
+    ("👩\u200d🚀", "👩\u200d🚀"), ("a\tb", "a\tb"), ("", "")])
+def test_clean(dirty, tidy):
+    assert clean(dirty) == tidy
+
+
+def test_duplicates_point_to_the_first():
+    assert duplicates(["a b", "c", "A  b\n", "a b", "", " "]) == {2: 0, 3: 0, 5: 4}
+
+
+def test_near_duplicates_point_to_the_first():
+    changed = STORIES[3].replace(STORIES[3].split()[0], "Somewhere", 1)
+    texts = [*STORIES, STORIES[3], changed, "", "!?"]
+    found = near_duplicates(texts)
+    assert found == {60: 3, 61: 3, 63: 62}
+
+
+def test_shingles():
+    assert shingles("One, two three!", 2) == shingles("ONE two -- three", 2) != shingles("three two one", 2)
+    assert len(shingles("one two three four five six", 5)) == 2 and len(shingles("one two", 5)) == 1
+    assert len(shingles("你好吗朋友 abc", 2)) == 5
+    assert overlap("one two three", shingles("zero one two", 2), 2) == 0.5
+
+
+def test_quality():
+    assert not quality(STORIES[0]) and quality("") == ["empty"] == quality(" \n")
+    assert quality("that fox and the owl have " * 20) == [] and quality("word " * 100)[0].startswith("different common words: 0")
+
+
+# ---- split
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
+def test_split_keeps_everything_once_and_in_order(share):
+    rng = random.Random(0)
+    for _ in range(100):
+        documents = [(name, "x" * rng.randrange(1, 50) + "\n" + "y" * rng.randrange(1, 2000)) for name in "aabbbbbbbc"]
+        train, heldout = split_documents(documents, share)
+        for name in "abc":
+            whole, kept, rest = ("".join(text for n, text in part if n == name) for part in (documents, train, heldout))
+            assert (kept + rest).split() == whole.split() or "".join((kept + rest).split()) == "".join(whole.split())
+            assert 0.9 * share < len(rest) / len(whole) < 2.1 * share + 0.05
+
+
+def test_split_of_one_long_document_cuts_at_a_line():
+    text = "\n".join(f"line {i}" for i in range(1000))
+    [(_, kept)], [(_, rest)] = split_documents([("book", text)])
+    assert f"{kept}\n{rest}" == text and 0.09 < len(rest) / len(text) < 0.11
+    [(_, kept)], [(_, rest)] = split_documents([("line", "word " * 1000)])
+    assert kept.endswith("word") and rest.startswith("word")
+    [(_, kept)], [(_, rest)] = split_documents([("solid", "x" * 1000)])
+    assert (len(kept), len(rest)) == (900, 100)
+
+
+def test_split_holds_out_whole_stories():
+    train, heldout = split_documents([("stories", text) for text in STORIES])
+    assert [text for _, text in train + heldout] == STORIES and 3 <= len(heldout) <= 9
+
+
+# ---- batches
+
+def test_rows_see_each_document_once_an_epoch_in_new_order():
+    documents = [[0, i % 7, i, 0][: 2 + i % 3] + [i] for i in range(103)]
+    rows = Rows(documents, 4, seed=1)
+    for first in 0, 25:
+        seen = Counter(tuple(row[row != IGNORE].tolist()) for i in range(first, first + 25) for row in rows[i][1])
+        assert sum(seen.values()) == 100 and max(seen.values()) == 1 and set(seen) <= {tuple(d[1:]) for d in documents}
+    assert any(not torch.equal(rows[i][0], rows[i + 25][0]) for i in range(25))
+    assert torch.equal(rows[30][1], Rows(documents, 4, seed=1)[30][1])
+    assert any(rows[i][0].tolist() != Rows(documents, 4, seed=2)[i][0].tolist() for i in range(25))
+
+
+def test_rows_shift_and_fill():
+    inputs, targets = Rows([[9, 5, 6, 9], [9, 7]], 2)[0]
+    assert sorted(inputs.tolist()) == [[9, 5, 6], [9, 7, 0]]
+    assert sorted(targets.tolist()) == [[5, 6, 9], [7, IGNORE, IGNORE]]
+    check_batch(inputs, targets, 10)
+
+
+def test_rows_and_windows_refuse():
+    with pytest.raises(ValueError, match="batch_size=3 is more than the 2 documents"):
+        Rows([[1, 2], [1, 2]], 3)
+    with pytest.raises(ValueError, match="document 1 has 1 token"):
+        Rows([[1, 2], [1]], 1)
+    with pytest.raises(ValueError, match="a window of 4 tokens needs more than the 4 tokens"):
+        Windows(np.arange(4), 1, 4)
+
+
+def test_windows_reach_both_ends():
+    ids = np.arange(12, dtype=np.uint16)
+    starts = {int(x[0, 0]) for x in (Windows(ids, 1, 10)[i][0] for i in range(50))}
+    assert starts == {0, 1}
+    inputs, targets = Windows(ids, 3, 5, seed=4)[7]
+    assert inputs.dtype == torch.int64 and torch.equal(targets, inputs + 1)
+    assert torch.equal(inputs, Windows(ids, 3, 5, seed=4)[7][0])
+
+
+def test_check_batch():
+    ids = torch.tensor([[1, 2], [3, 0]])
+    assert check_batch(ids, torch.tensor([[2, IGNORE], [0, 1]]), 4) is None
+    for wrong, error, message in [
+            ((ids.int(), ids), TypeError, "inputs must be an int64 tensor, got torch.int32"),
+            ((ids, [[1]]), TypeError, "targets must be an int64 tensor, got list"),
+            ((ids.numpy(), ids), TypeError, "inputs must be"),
+            ((ids[0], ids), ValueError, r"shape \(batch, time\).*\(2,\)"),
+            ((ids[:, :0], ids[:, :0]), ValueError, r"got \(2, 0\)"),
+            ((ids, ids[:1]), ValueError, "one shape"),
+            ((ids + 1, ids), ValueError, "inputs hold the id 4, but the vocabulary has the ids 0 to 3"),
+            ((ids - 1, ids), ValueError, "inputs hold the id -1"),
+            ((ids, ids + 9), ValueError, "targets hold the id 10"),
+            ((ids, ids - 1), ValueError, "targets hold the id -1"),
+            ((ids * 0 + IGNORE, ids), ValueError, "inputs hold the id -100"),
+            ((ids, ids * 0 + IGNORE), ValueError, "every target is -100")]:
+        with pytest.raises(error, match=message):
+            check_batch(*wrong, 4)
+
+
+# ---- files of tokens
+
+def test_tokens_round_trip(tmp_path, tokenizer):
+    documents = STORIES[:10] + ["", f"a forged {ENDOFTEXT} mark", "你好 🦙"]
+    n = write_tokens(tmp_path / "x.tokens", iter(documents), tokenizer)
+    ids = read_tokens(tmp_path / "x.tokens", tokenizer)
+    end = tokenizer.special_tokens[ENDOFTEXT]
+    expected = [end, *(i for text in documents for i in encode_document(text, tokenizer)[1:])]
+    assert ids.tolist() == expected and len(ids) == n and ids.dtype == np.uint16
+    assert isinstance(ids, np.memmap) and not ids.flags.writeable and (ids == end).sum() == len(documents) + 1
+
+
+@pytest.mark.parametrize("size, dtype", [(2**16 - 1, np.uint16), (2**16, np.uint32), (2**17, np.uint32)])
+def test_width_of_ids(tmp_path, size, dtype):
+    class Wide:
+        n_vocab, special_tokens, vocab, pattern = size, {ENDOFTEXT: size - 1}, {}, ""
+
+        def encode(self, text, disallowed_special):
+            return [0, size - 2]
+    write_tokens(tmp_path / "x", ["a"], Wide())
+    ids = read_tokens(tmp_path / "x")
+    assert ids.tolist() == [size - 1, 0, size - 2, size - 1] and ids.dtype == dtype
+
+
+def test_failed_writing_leaves_the_old_file(tmp_path, tokenizer):
+    path = tmp_path / "x.tokens"
+    write_tokens(path, ["one"], tokenizer)
+    before = path.read_bytes()
+    for documents, error in ((["two", 3], TypeError), ([], ValueError), ((1 / 0 for _ in "x"), ZeroDivisionError)):
+        with pytest.raises(error):
+            write_tokens(path, documents, tokenizer)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_tokenizer_without_end_mark(tmp_path):
+    with pytest.raises(ValueError, match="lacks the special token"):
+        write_tokens(tmp_path / "x", ["a"], Tokenizer.train(STORIES, 300, special_tokens=()))
+
+
+def test_any_damage_is_noticed(tmp_path, tokenizer):
+    path = tmp_path / "x.tokens"
+    write_tokens(path, STORIES[:2], tokenizer)
+    whole, rng = path.read_bytes(), random.Random(0)
+    spoilt = [whole[:n] for n in (0, 1, 100, 256, 257, len(whole) - 1, len(whole) - 2)] + [whole + b"\0", whole + whole]
+    spoilt += [b"[]".ljust(300), b"{}".ljust(300), b"null".ljust(300), rng.randbytes(1000), b"text " * 100]
+    for _ in range(200):
+        at = rng.randrange(256, len(whole))
+        spoilt.append(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
+    for content in spoilt:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="x.tokens is damaged or no file of write_tokens"):
+            read_tokens(path)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="with another tokenizer"):
+        read_tokens(path, Tokenizer.train(STORIES, 301))
+    with pytest.raises(ValueError, match="gone is damaged or no file"):
+        read_tokens(tmp_path / "gone")
