@@ -8,7 +8,7 @@ from minillm.world import World
 
 def report(stage, own_text):
     """What the model writes, and its row of the scorecard."""
-    print(f"After training it writes:\n{recipes.samples(stage.model, stage.tokenizer, 3 if own_text else 10, 180)}\n")
+    print(f"After training it writes:\n{recipes.samples(stage.model, stage.tokenizer, 3 if own_text else 10)}\n")
     if own_text:
         bpb = scorecard.bits_per_byte(stage.model, stage.heldout, stage.tokenizer)
         print(f"Held-out text: {bpb:.4f} bits per byte")

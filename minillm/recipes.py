@@ -96,8 +96,9 @@ def corpus_of(recipe):
     return ([s.text for s in World().stories(recipe.stories)], [s.text for s in heldout], -sum(s.logp for s in heldout) / len(heldout))
 
 
-def samples(model, tokenizer, n, length, seed=0):
-    """n texts that the model writes from nothing, each of at most `length` tokens, as numbered lines."""
+def samples(model, tokenizer, n, length=200, seed=0):
+    """n texts that the model writes from nothing, each of at most `length` tokens (and max_seq_len), as numbered lines."""
+    length = min(length, model.config.max_seq_len - 1)
     start = encode_document("", tokenizer)[0]
     ids = generate(model, torch.full((n, 1), start, device=next(model.parameters()).device), length, stop=start, seed=seed).tolist()
     texts = [tokenizer.decode(row[1:row.index(start, 1)] if start in row[1:] else row[1:]) for row in ids]
