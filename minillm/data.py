@@ -214,7 +214,7 @@ def quality(text):
 def split_documents(documents, share=0.1):
     """Two lists of (name, text): for training, and held out. The last `share` (by characters) of each name is held out.
 
-    Whole documents, unless one is itself longer than the share: that is cut at the end of a line."""
+    Whole documents, unless one is itself longer than the share: that is cut at the end of a line, or of a word."""
     train, heldout = [], []
     for name, group in groupby(documents, key=lambda document: document[0]):
         texts = [text for _, text in group]
@@ -226,7 +226,8 @@ def split_documents(documents, share=0.1):
             elif room <= 0 or len(text) <= share * total:
                 heldout.append((name, text))
             else:
-                at = max(text.rfind("\n", 0, room), 0) or max(text.rfind(" ", 0, room), 0) or room
+                cuts = [text.rfind(mark, int(0.95 * room), room) for mark in "\n "]
+                at = next((cut for cut in cuts if cut > 0), room)
                 train.append((name, text[:at]))
                 heldout.append((name, text[at:].lstrip()))
             start += len(text)
@@ -245,6 +246,8 @@ class Rows:
     documents: lists of token ids, each with its own start and end token. rows[i] -> inputs, targets, int64 (b, t): batch i
     of an endless sequence that goes through all documents, in another order each epoch, and depends on the seed only, so
     that i is all there is to know to resume. Documents of like length share a batch, so that little is filled up."""
+    multiple = 16        # t is rounded up to one: kernels are made anew for each new length
+
     def __init__(self, documents, batch_size, seed=0):
         if len(documents) < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than the {len(documents)} documents")
@@ -266,7 +269,8 @@ class Rows:
     def __getitem__(self, i):
         n = len(self.plan(self.epoch or 0))
         rows = [self.documents[j] for j in self.plan(i // n)[i % n]]
-        ids = torch.full((len(rows), max(map(len, rows))), IGNORE)
+        longest = max(map(len, rows)) - 1
+        ids = torch.full((len(rows), 1 + -(-longest // self.multiple) * self.multiple), IGNORE)
         for row, document in zip(ids, rows):
             row[:len(document)] = torch.tensor(document)
         return ids[:, :-1].clamp(min=0), ids[:, 1:]
