@@ -246,8 +246,6 @@ class Rows:
     documents: lists of token ids, each with its own start and end token. rows[i] -> inputs, targets, int64 (b, t): batch i
     of an endless sequence that goes through all documents, in another order each epoch, and depends on the seed only, so
     that i is all there is to know to resume. Documents of like length share a batch, so that little is filled up."""
-    multiple = 16        # t is rounded up to one: kernels are made anew for each new length
-
     def __init__(self, documents, batch_size, seed=0):
         if len(documents) < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than the {len(documents)} documents")
@@ -269,8 +267,7 @@ class Rows:
     def __getitem__(self, i):
         n = len(self.plan(self.epoch or 0))
         rows = [self.documents[j] for j in self.plan(i // n)[i % n]]
-        longest = max(map(len, rows)) - 1
-        ids = torch.full((len(rows), 1 + -(-longest // self.multiple) * self.multiple), IGNORE)
+        ids = torch.full((len(rows), max(map(len, rows))), IGNORE)
         for row, document in zip(ids, rows):
             row[:len(document)] = torch.tensor(document)
         return ids[:, :-1].clamp(min=0), ids[:, 1:]
