@@ -219,7 +219,7 @@ def test_shingles():
 
 
 def test_quality():
-    assert not quality(STORIES[0]) and quality("") == ["empty"] == quality(" \n")
+    assert sum(map(bool, map(quality, STORIES))) < 10 and quality("") == ["empty"] == quality(" \n")
     assert quality("that fox and the owl have " * 20) == [] and quality("word " * 100)[0].startswith("different common words: 0")
 
 
