@@ -3,7 +3,6 @@ import argparse
 import sys
 
 from minillm import recipes, scorecard
-from minillm.world import World
 
 
 def report(stage, own_text):
@@ -13,7 +12,7 @@ def report(stage, own_text):
         bpb = scorecard.bits_per_byte(stage.model, stage.heldout, stage.tokenizer)
         print(f"Held-out text: {bpb:.4f} bits per byte")
     else:
-        print(scorecard.table([scorecard.score("base", stage.model, stage.tokenizer, World().stories(500, "heldout"))]))
+        print(scorecard.table([scorecard.score("base", stage.model, stage.tokenizer, recipes.heldout_stories())]))
         print(scorecard.LEGEND)
 
 

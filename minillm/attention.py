@@ -5,6 +5,8 @@ __all__ = ['causal_mask', 'attend', 'check_heads', 'Attention']
 
 # %% ../notebooks/02_attention.ipynb #2fdc4d2a
 # Causal self-attention: grouped queries, rotary positions, an optional key-value cache.
+from functools import partial
+
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -36,7 +38,11 @@ def attend(q, k, v):
         k, v = (z.repeat_interleave(h // g, dim=1) for z in (k, v))
     # SDPA's is_causal aligns the triangle at the top left: right only for t = s. One new token sees all, and needs no mask.
     mask = None if t == s or t == 1 else causal_mask(t, s, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=t == s and t > 1)
+    sdpa = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=t == s and t > 1)
+    if q.device.type != "cpu":
+        return sdpa(q, k, v)
+    with torch.autocast("cpu", enabled=False):         # on a CPU bfloat16 attention is the slower one, its backward several times
+        return sdpa(q.float(), k.float(), v.float()).to(q.dtype)
 
 # %% ../notebooks/02_attention.ipynb #062943a8
 def check_heads(dim, n_heads, n_kv_heads):

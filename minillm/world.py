@@ -38,12 +38,12 @@ VALLEY = Region(
 class Setting:
     """How hard a story is: inclusive ranges of how many characters, objects and events it has."""
 
-    characters: tuple = (2, 3)
-    objects: tuple = (1, 2)
+    characters: tuple = (2, 2)
+    objects: tuple = (1, 1)
     events: tuple = (3, 6)
 
 
-# Sentences. N is the acting character, S the same or a pronoun (where the event before had the same actor), O another
+# Sentences. N is the acting character, S the same or a pronoun (if the event before had the same actor), O another
 # character, P a place ("by the river"), G the same place without its preposition ("the river"), T a thing ("the blue kite").
 FIRST = ("Once upon a time, {a} {kind} named {name} lived {P}.",
          "There was once {a} {kind}. {Her} name was {name}, and {she} lived {P}.",
@@ -71,7 +71,7 @@ EVENTS = {
     "greet": (1, ('{S} said to {O}: "Good to see you!"', "{S} told {O} a story.", "{N} and {O} laughed together.")),
     "muse": (1, ("{S} was still {trait}.", 'the {kind} smiled. "I like it here," said {N}.')),
     "who": (6, ("{S} wondered who had {T}. It was with {O}, {P}.", '{S} asked: "Where is {T}?" It was with {O}, {P}.')),
-    "where": (3, ("{S} wondered where {O} was. {O} was {P}.", '"I miss {O}," said {N}. But {O} was only {P}.')),
+    "where": (5, ("{S} wondered where {O} was. {O} was {P}.", '"I miss {O}," said {N}. But {O} was only {P}.')),
     "lost": (3, ("{S} wondered where {T} was. It lay {P}.", '{S} asked: "Where is {T}?" It lay {P}.')),
 }
 MOVES, PASSES = ("walk", "carry", "visit", "bring", "take"), ("bring", "give", "take", "drop")   # change a place, a holder
@@ -168,6 +168,10 @@ class World:
     """
 
     def __init__(self, region=VALLEY, setting=Setting()):
+        most = setting.characters[1]
+        if len(region.places) < 2 or min(len(region.she + region.he), len(region.traits), len(region.kinds)) < most:
+            raise ValueError(f"a region needs at least 2 places, and names, traits and kinds for {most} characters: got "
+                             f"{len(region.places)}, {len(region.she + region.he)}, {len(region.traits)} and {len(region.kinds)}")
         self.region, self.setting = region, setting
 
     def sample(self, seed, split="train"):
@@ -278,7 +282,7 @@ class Scene:
         else:
             place = other.place if other else thing.place if event in ("take", "lost") else who.place
         sentence = t.pick(EVENTS[event][1])
-        pronoun = who is self.subject and "{S}" in sentence and t.pick((True, False))
+        pronoun = who is self.subject and event not in MOVES and "{S}" in sentence and t.pick((True, False))
         t.say(capital(link + sentence.format(
             S=who.pronouns[0] if pronoun else who.name, N=who.name, O=other and other.name, him=other and other.pronouns[2],
             P=place, G=place.split(" ", 1)[1], T=thing and thing.name, trait=who.trait, kind=who.kind)))

@@ -12,7 +12,7 @@ import torch
 from minillm import __main__ as command, recipes, scorecard
 from minillm.world import World
 
-TEXT = "\n".join(f"{n} bottles of milk stood on the wall, and {n + 1} under it." for n in range(400))
+TEXT = "\n".join(f"{n} bottles of milk stood on the wall, and {n + 1} under it." for n in range(600))
 
 
 @pytest.fixture

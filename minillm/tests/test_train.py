@@ -15,8 +15,8 @@ from torch import nn
 
 from minillm import train as training
 from minillm.model import Llama, LlamaConfig
-from minillm.train import (AdamW, TrainConfig, backward, clip_gradients, learning_rate, load_checkpoint, resume,
-                           save_checkpoint, token_loss, train)
+from minillm.train import (AdamW, backward, clip_gradients, learning_rate, load_checkpoint, Muon, resume,
+                           save_checkpoint, token_loss, train, TrainConfig)
 
 TINY = LlamaConfig(vocab_size=17, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16, max_seq_len=16)
 
@@ -484,3 +484,50 @@ def test_a_model_is_compiled_where_it_works(monkeypatch):
     model = tiny()
     train(model, Batches(), settings(compile=True))
     assert asked[-1] is model and training.compiled(model, "cpu") is model
+
+
+def test_muon_steps_matrices_of_the_blocks_and_leaves_the_rest_to_adamw():
+    """Embeddings, head and norms move as under AdamW; a block's matrix moves by an orthogonal step, whatever the gradient's size."""
+    moved = {}
+    for kind, factor in (("muon", 1.0), ("muon", 128.0), ("adamw", 1.0)):
+        torch.manual_seed(0)
+        model = Llama(LlamaConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        ids = torch.arange(40).view(2, 20)
+        (token_loss(model, ids, ids.roll(-1, 1)) * factor).backward()
+        optimizer = Muon(model, 2.0, weight_decay=0) if kind == "muon" else AdamW(model, weight_decay=0)
+        optimizer.step(0.01)
+        moved[kind, factor] = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+        assert all(p.grad is None for p in model.parameters())
+    for n, step in moved["muon", 1.0].items():
+        if ".layers." in n and step.ndim == 2:
+            values = torch.linalg.svdvals(step) / 0.02 / max(1, step.shape[0] / step.shape[1]) ** 0.5
+            assert 0.6 < values.max() < 1.4, n          # the smallest belong to directions that this batch hardly has
+            torch.testing.assert_close(step, moved["muon", 128.0][n], atol=1e-4, rtol=0)
+        else:
+            torch.testing.assert_close(step, moved["adamw", 1.0][n])
+
+
+def test_muon_resumes_bit_for_bit(tmp_path):
+    config = {"steps": 12, "lr": 5e-3, "warmup": 2, "muon": 2.0, "bar": False, "precision": "float32"}
+    batches = [(x := torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(i)), x.roll(-1, 1)) for i in range(12)]
+
+    def fresh():
+        torch.manual_seed(0)
+        return Llama(LlamaConfig(vocab_size=50, dim=16, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=24))
+
+    whole = fresh()
+    training.train(whole, batches, TrainConfig(**config))
+
+    class Cut(list):
+        def __getitem__(self, i):
+            if i == 7:
+                raise OSError("disk gone")
+            return super().__getitem__(i)
+
+    saved = TrainConfig(**config, checkpoint=str(tmp_path), checkpoint_every=5)
+    with pytest.raises(OSError):
+        training.train(fresh(), Cut(batches), saved)
+    resumed = fresh()
+    training.train(resumed, batches, saved)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))

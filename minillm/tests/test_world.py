@@ -3,6 +3,7 @@ import itertools
 import math
 import re
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -192,3 +193,11 @@ def test_the_reader_notices_a_wrong_story():
     assert read(wrong)[story.asked.name.removeprefix("the ")] == story.answer != wrong[len(story.question):]
     with pytest.raises(AssertionError, match="0 readings"):
         read("Tom flew to the moon. So now ")
+
+
+def test_a_region_too_small_for_its_stories_is_refused():
+    small = Region(("Vera",), ("Tom",), ("fox", "owl"), ("shy", "odd"), ("by the river",), ("red",), ("kite",))
+    with pytest.raises(ValueError, match="2 places"):
+        World(small)
+    with pytest.raises(ValueError, match="3 characters"):
+        World(replace(small, places=("by the river", "at the mill")), Setting(characters=(2, 3)))
