@@ -41,7 +41,7 @@ class Recipe:
 
 STORIES = Recipe(LlamaConfig(vocab_size=720, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344),
                  TrainConfig(steps=2200, lr=5e-3, muon=2.0, warmup=50, min_lr=0.02), batch_size=16, stories=35200)
-FILES = replace(STORIES, model=replace(STORIES.model, vocab_size=1024), training=replace(STORIES.training, steps=1500), stories=0)
+FILES = replace(STORIES, model=replace(STORIES.model, vocab_size=1024), training=replace(STORIES.training, steps=1350), stories=0)
 
 
 @dataclass
