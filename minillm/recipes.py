@@ -41,7 +41,9 @@ class Recipe:
 
 STORIES = Recipe(LlamaConfig(vocab_size=720, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344),
                  TrainConfig(steps=2200, lr=5e-3, muon=2.0, warmup=50, min_lr=0.02), batch_size=16, stories=35200)
-FILES = replace(STORIES, model=replace(STORIES.model, vocab_size=1024), training=replace(STORIES.training, steps=1350), stories=0)
+# A file is read many times over, and there Muon learns it by heart (measured on Tiny Shakespeare): plain AdamW.
+FILES = replace(STORIES, model=replace(STORIES.model, vocab_size=1024), stories=0,
+                training=replace(STORIES.training, steps=1150, lr=3e-3, muon=0))
 
 
 @dataclass
@@ -133,9 +135,10 @@ def make(folder, recipe, bar):
         batches = Windows(np.concatenate(documents), recipe.batch_size, recipe.model.max_seq_len, recipe.seed)
     torch.manual_seed(recipe.seed)
     model = Llama(recipe.model).to(device())
-    # Numbers of size 1, where 0.02 is usual: found by trying. With 0.02 this recipe learns faster for some hundred steps, and
-    # then stays behind, above all in keeping track of who has what.
-    torch.nn.init.normal_(model.model.embed_tokens.weight)
+    if recipe.training.muon:
+        # Embeddings of size 1, where 0.02 is usual: found by trying. With 0.02 this recipe learns faster for some hundred steps,
+        # and then stays behind, above all in keeping track of who has what.
+        torch.nn.init.normal_(model.model.embed_tokens.weight)
     if bar:
         rate = sum(len(text.encode()) for text in heldout) / tokens
         print(f"Tokenizer: {tokenizer.n_vocab} tokens, {rate:.2f} bytes a token. Model: {sum(p.numel() for p in model.parameters()):,} "
