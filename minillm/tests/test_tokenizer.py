@@ -230,3 +230,14 @@ def test_damaged_files_are_refused_by_name(tokenizer, tmp_path):
             assert json.loads(case) == json.loads(good) and loaded.vocab == tokenizer.vocab
     with pytest.raises(FileNotFoundError):
         Tokenizer.load(tmp_path / "none.json")
+
+
+def test_a_valid_file_with_other_content_than_its_checksum_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    Tokenizer.train("the cat sat on the mat, the cat sat", 262).save(path)
+    file = json.loads(path.read_text(encoding="utf-8"))
+    assert file["sha256"] == checksum(file["data"]) != checksum([file["data"]])
+    file["sha256"] = checksum("other")
+    path.write_text(json.dumps(file), encoding="utf-8")
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        Tokenizer.load(path)
