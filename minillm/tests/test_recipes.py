@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minillm import __main__ as command, recipes, scorecard
+from minillm.train import read_checkpoint
 from minillm.world import World
 
 TEXT = "\n".join(f"{n} bottles of milk stood on the wall, and {n + 1} under it." for n in range(600))
@@ -87,16 +88,22 @@ def test_control_c_keeps_a_checkpoint_and_the_same_command_goes_on(small):
                "m = replace(f.model, vocab_size=300, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=48, max_seq_len=64);"
                "recipes.FILES = replace(f, model=m, training=replace(f.training, steps=int(sys.argv[1]), warmup=2)); sys.exit(c.main(sys.argv[2:]))")
     run = [sys.executable, "-u", "-c", program, "1000000", "--text", str(file)]
-    process = subprocess.Popen(run, env=dict(os.environ, MINILLM_CACHE=str(small / "cache")), stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "Before training" in line:
-            break
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "same command" in rest
-    (checkpoint,) = (small / "cache").rglob("step-*.safetensors")
-    assert int(checkpoint.stem.split("-")[1]) > 0
+
+    def interrupted():
+        """The history in the newest checkpoint that an interrupted run leaves."""
+        process = subprocess.Popen(run, env=dict(os.environ, MINILLM_CACHE=str(small / "cache")), stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if "Before training" in line:
+                break
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[0]
+        assert process.returncode == 130 and "same command" in rest
+        return read_checkpoint(max((small / "cache").rglob("step-*.safetensors")))[1]      # the one before it is kept too
+
+    first, second = interrupted(), interrupted()
+    assert first and len(second) > len(first)
+    assert second[:len(first)] == first, "the second start began anew: the seconds of its first steps differ"
 
 
 def test_scorecard_counts_what_it_says():
