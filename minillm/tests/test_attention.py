@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minillm.attention import Attention, attend, causal_mask
+from minillm.attention import Attention, attend, causal_mask, padded_mask
 from minillm.rope import rope_cache
 
 
@@ -43,6 +43,38 @@ def seed():
 def test_attend_equals_a_loop(h, g, t, s):
     q, k, v = torch.randn(2, h, t, 8), torch.randn(2, g, s, 8), torch.randn(2, g, s, 8)
     close(attend(q, k, v), by_loop(q, k, v))
+
+
+@pytest.mark.parametrize("h, g", [(4, 4), (4, 2), (4, 1), (6, 3)])
+@pytest.mark.parametrize("t", [1, 2, 4, 7])
+def test_a_row_with_filler_equals_the_row_alone(h, g, t):
+    q, k, v, padding = torch.randn(3, h, t, 8), torch.randn(3, g, 7, 8), torch.randn(3, g, 7, 8), torch.tensor([0, 3, 6])
+    for row, n in enumerate(padding):
+        k[row, :, :n], v[row, :, :n] = 1e4, -1e4
+    out = attend(q, k, v, padding)
+    assert out.isfinite().all()
+    for row, n in enumerate(padding):
+        real = min(t, 7 - n)
+        close(out[row, :, -real:], by_loop(q[row:row + 1, :, -real:], k[row:row + 1, :, n:], v[row:row + 1, :, n:])[0])
+
+
+def test_filler_leaves_two_layers_finite_with_finite_gradients():
+    first, second, x = Attention(32, 4, 2), Attention(32, 4, 2), torch.randn(2, 6, 32, requires_grad=True)
+    cache, turn = type("Hidden", (), {"padding": torch.tensor([0, 4]), "append": lambda self, k, v: (k, v)})(), rope_cache(8, 6)
+    out = second(first(x, *turn, cache), *turn, cache)
+    out[1, 4:].square().sum().backward()
+    assert out.isfinite().all() and x.grad.isfinite().all() and (x.grad[1, :4] == 0).all() and (x.grad[1, 4:] != 0).any()
+
+
+@pytest.mark.parametrize("t, s", [(1, 1), (1, 5), (3, 5), (5, 5)])
+def test_padded_mask_one_position_at_a_time(t, s):
+    padding = torch.arange(s)
+    mask = padded_mask(padding, t, s)
+    assert mask.shape == (s, 1, t, s)
+    for n in range(s):
+        for i in range(t):
+            here = s - t + i
+            assert mask[n, 0, i].tolist() == [n <= j <= here or j == here for j in range(s)]
 
 
 @pytest.mark.parametrize("t, s", [(5, 5), (3, 5), (1, 5)])
