@@ -240,13 +240,13 @@ def speculate(model, draft, ids, max_new_tokens, k=4, temperature=1.0, seed=0):
     if k < 1 or model.config.vocab_size != draft.config.vocab_size:
         raise ValueError(f"k must be at least 1 and the vocabularies equal: got k={k}, {model.config.vocab_size} and {draft.config.vocab_size} tokens")
     end, rng = ids.shape[1] + max_new_tokens, torch.Generator(ids.device).manual_seed(seed)
-    caches = {m: make_caches(m, len(ids), end) for m in (model, draft)}
+    caches, draft_caches = (make_caches(m, len(ids), end) for m in (model, draft))
     linears = large_linears(draft)
 
-    def read(m, ids, last):
+    def read(m, caches, ids, last):
         """The distributions after the `last` newest tokens of ids, of which the cache holds the beginning: (b, last, v)."""
-        start = caches[m][0].length
-        return distribution(m(ids[:, start:], caches[m], start)[:, -last:], temperature)
+        start = caches[0].length
+        return distribution(m(ids[:, start:], caches, start)[:, -last:], temperature)
 
     accepted = checked = 0
     while ids.shape[1] < end:
@@ -254,11 +254,11 @@ def speculate(model, draft, ids, max_new_tokens, k=4, temperature=1.0, seed=0):
         longer, q = ids, [ids.new_empty(len(ids), 0, model.config.vocab_size, dtype=torch.float32)]
         with swapped(linears):
             for _ in range(n):
-                q.append(read(draft, longer, 1))
+                q.append(read(draft, draft_caches, longer, 1))
                 longer = torch.cat((longer, torch.multinomial(q[-1][:, 0], 1, generator=rng)), dim=1)
-        kept, passed = verify(read(model, longer, n + 1), torch.cat(q, dim=1), longer[:, ids.shape[1]:], rng)
+        kept, passed = verify(read(model, caches, longer, n + 1), torch.cat(q, dim=1), longer[:, ids.shape[1]:], rng)
         ids = torch.cat((ids, kept), dim=1)
-        for cache in caches[model] + caches[draft]:
+        for cache in caches + draft_caches:
             cache.truncate(min(cache.length, ids.shape[1] - 1))
         run = passed.cumprod(1)
         accepted, checked = accepted + run.sum().item(), checked + run.sum().item() + (1 - run).any(1).sum().item()
