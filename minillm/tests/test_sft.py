@@ -1,0 +1,266 @@
+"""What the notebook of instruction tuning cannot show: errors, random dialogues in Unicode and with the texts of special tokens, limits."""
+import random
+
+import pytest
+import torch
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from minillm import sft, tasks
+from minillm.data import ENDOFTEXT, IGNORE
+from minillm.model import Llama, LlamaConfig
+from minillm.sft import (ASSISTANT, USER, Dialogues, check_dialogue, distill_loss, encode_dialogue, encode_prompt, finetune,
+                         replies, reply)
+from minillm.tokenizer import Tokenizer
+from minillm.train import TrainConfig, token_loss
+from minillm.world import World
+
+SPECIAL = (ENDOFTEXT, USER, ASSISTANT)
+CONFIG = LlamaConfig(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=64)
+TEMPLATE = ("{{ '<|endoftext|>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content + '<|assistant|>' }}"
+            "{% else %}{% generation %}{{ m.content + '<|endoftext|>' }}{% endgeneration %}{% endif %}{% endfor %}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([story.text for story in World().stories(60)], 300, SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Llama(CONFIG)
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def random_text(rng, hostile):
+    alphabet = ["a", "Z", " ", "  ", "\n", "ë", "你", "🦙", "\u0301", "\x00", "'s", "12345", "<|", "|>"]
+    text = "".join(rng.choice(alphabet + ["<|use", "r|>", *SPECIAL] * hostile) for _ in range(rng.randint(1, 12)))
+    return text if text.strip() else "x"
+
+
+def random_dialogue(rng, hostile=True):
+    n = rng.randint(1, 7)
+    return [(user, assistant)[i % 2](random_text(rng, hostile)) for i in range(n)]
+
+
+# ---- ids and mask
+
+
+def test_ids_and_mask_of_random_dialogues(tokenizer):
+    """Derived the other way round: cut the ids at the role tokens, and compare each part with its message."""
+    end, roles = tokenizer.special_tokens[ENDOFTEXT], {tokenizer.special_tokens[USER]: "user", tokenizer.special_tokens[ASSISTANT]: "assistant"}
+    for seed in range(300):
+        messages = random_dialogue(random.Random(seed))
+        ids, mask = encode_dialogue(messages, tokenizer)
+        assert len(ids) == len(mask) and ids[0] == end and not mask[0]
+        starts = [i for i, token in enumerate(ids) if token in roles]
+        assert [roles[ids[i]] for i in starts] == [m["role"] for m in messages], "a message made a turn of its own"
+        for message, a, b in zip(messages, starts, [*starts[1:], len(ids)]):
+            assert not mask[a], "the role token is given, not learnt"
+            part, answer = ids[a + 1:b], message["role"] == "assistant"
+            assert mask[a + 1:b] == [answer] * len(part)
+            assert (part[-1:] == [end]) == answer, "the end token belongs to answers, and to them only"
+            assert tokenizer.decode(part[:-1] if answer else part) == message["content"]
+            assert end not in (part[:-1] if answer else part)
+
+
+def test_equals_the_template_in_jinja(tokenizer):
+    """transformers renders our template, tiktoken encodes it: the same ids; and the same characters are marked for learning."""
+    fast = tokenizer.to_tiktoken()
+    for seed in range(100):
+        messages = random_dialogue(random.Random(seed), hostile=False)
+        (text,), spans = render_jinja_template([messages], chat_template=TEMPLATE, return_assistant_tokens_mask=True)
+        ids, mask = encode_dialogue(messages, tokenizer)
+        waiting = messages[-1]["role"] == "user"               # then the template goes on with <|assistant|>
+        assert fast.encode(text, allowed_special="all") == (encode_prompt(messages, tokenizer) if waiting else ids)
+        learnt, at, marked = [i for i, m in zip(ids, mask) if m], 0, []
+        for a, b in spans[0]:
+            marked += fast.encode(text[a:b], allowed_special="all")
+        assert learnt == marked
+
+
+def test_prompt_is_the_beginning_of_the_answered_dialogue(tokenizer):
+    for seed in range(100):
+        messages = random_dialogue(random.Random(seed))
+        messages = messages if messages[-1]["role"] == "user" else messages[:-1]
+        prompt = encode_prompt(messages, tokenizer)
+        ids, mask = encode_dialogue([*messages, assistant("Yes.")], tokenizer)
+        assert ids[:len(prompt)] == prompt and not mask[len(prompt) - 1] and all(mask[len(prompt):])
+
+
+@pytest.mark.parametrize("messages, words", [
+    ([], "at least one message"),
+    ([assistant("Hi")], "message 0 must be of the user .* got 'assistant'"),
+    ([user("Hi"), user("Hi")], "message 1 must be of the assistant .* got 'user'"),
+    ([user("Hi"), assistant("Hi"), assistant("Hi")], "message 2 must be of the user"),
+    ([{"role": "system", "content": "Be brief."}, user("Hi")], "message 0 .* got 'system'"),
+    ([{"role": None, "content": "Hi"}], "message 0 .* got None"),
+    ([user("Hi"), assistant("")], r"message 1 \(assistant\) is empty"),
+    ([user(" \n\t")], r"message 0 \(user\) is empty"),
+    (["Hi"], "message 0 must be {.*got 'Hi'"),
+    ("Hi", "message 0 must be {"),
+    ([{"role": "user"}], "message 0 must be {"),
+])
+def test_bad_dialogues(tokenizer, messages, words):
+    for function in check_dialogue, lambda m: encode_dialogue(m, tokenizer), lambda m: encode_prompt(m, tokenizer), \
+            lambda m: Dialogues([m], tokenizer, 1):
+        with pytest.raises(ValueError, match=words):
+            function(messages)
+
+
+def test_bad_contents(tokenizer):
+    for content in None, 3, b"Hi", ["Hi"]:
+        with pytest.raises(TypeError, match="message 0 must be a str: got " + type(content).__name__):
+            encode_dialogue([user(content)], tokenizer)
+    with pytest.raises(ValueError, match="surrogate"):
+        encode_dialogue([user("\ud800")], tokenizer)
+    with pytest.raises(ValueError, match="last message must be of the user.*'assistant'"):
+        encode_prompt([user("Hi"), assistant("Hi")], tokenizer)
+
+
+def test_tokenizer_without_the_roles():
+    plain = Tokenizer.train("a story, a story", 258)
+    with pytest.raises(ValueError, match=r"lacks the special token <\|user\|>"):
+        encode_dialogue([user("Hi")], plain)
+
+
+# ---- batches
+
+
+def test_targets_are_the_masks_shifted(tokenizer):
+    dialogues = [random_dialogue(random.Random(seed)) for seed in range(200)]
+    dialogues = [d if len(d) > 1 else [*d, assistant("Yes.")] for d in dialogues]
+    batches = Dialogues(dialogues, tokenizer, 7, seed=1)
+    seen = set()
+    for i in range(60):                                        # two epochs
+        inputs, targets = batches[i]
+        assert inputs.shape == targets.shape and inputs.dtype == targets.dtype == torch.int64
+        for row, wanted, j in zip(inputs.tolist(), targets.tolist(), batches.chosen(i)):
+            ids, mask = encode_dialogue(dialogues[j], tokenizer)
+            seen.add(j)
+            expected = [token if learnt else IGNORE for token, learnt in zip(ids[1:], mask[1:])]
+            assert row[:len(ids) - 1] == ids[:-1] and wanted == expected + [IGNORE] * (len(wanted) - len(expected))
+    assert len(seen) > 190
+
+
+def test_unmasked_differs_in_targets_only(tokenizer):
+    dialogues = tasks.dialogues(20)
+    masked, unmasked = (Dialogues(dialogues, tokenizer, 5, masked=m) for m in (True, False))
+    for i in range(8):
+        (a, s), (b, t) = masked[i], unmasked[i]
+        assert torch.equal(a, b) and (t[s != IGNORE] == s[s != IGNORE]).all() and (s != IGNORE).sum() < (t != IGNORE).sum()
+        assert (t != IGNORE).sum(1).tolist() == [len(masked.documents[j]) - 1 for j in masked.chosen(i)]
+
+
+def test_dialogues_of_nothing_but_prompts(tokenizer, model):
+    good = [user("Hi"), assistant("Hello!")]
+    for masked in True, False:
+        with pytest.raises(ValueError, match="dialogue 1 has no answer to learn from"):
+            Dialogues([good, [user("Hi")], good], tokenizer, 1, masked=masked)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    config = TrainConfig(steps=1, warmup=1, bar=False)
+    for wrong, words in (([[user("Hi")]], "no answer"), ([good, [user("Hi"), user("Hi")]], "message 1"), ([], "batch_size"),
+                         ([good, [user("long " * 100), assistant("Hi")]], r"dialogue 1 has \d+ tokens, more than max_seq_len=64")):
+        with pytest.raises(ValueError, match=words):
+            finetune(model, wrong, tokenizer, config, batch_size=1)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "a refused dataset changed the model"
+
+
+def test_longest_dialogue_that_fits(tokenizer, model):
+    for n, fits in (60, True), (61, False):                    # <|endoftext|> <|user|> x... <|assistant|> y <|endoftext|>, the last is target only
+        dialogue = [user("\x00" * n), assistant("\x00")]
+        assert len(encode_dialogue(dialogue, tokenizer)[0]) == n + 5
+        train = lambda: finetune(Llama(CONFIG), [dialogue], tokenizer, TrainConfig(steps=1, warmup=1, bar=False), batch_size=1)
+        if fits:
+            assert train()[0]["tokens"] == 2
+        else:
+            with pytest.raises(ValueError, match="max_seq_len=64"):
+                train()
+
+
+def test_only_answers_teach(tokenizer):
+    """The gradient does not depend on what stands in a question that nothing after it reads: the mask holds back each of its tokens."""
+    torch.manual_seed(0)
+    model = Llama(CONFIG)
+    (_, targets), = [Dialogues([[user("abc"), assistant("de")]], tokenizer, 1)[0]]
+    ids, mask = encode_dialogue([user("abc"), assistant("de")], tokenizer)
+    logits = model(torch.tensor([ids[:-1]]))
+    expected = torch.nn.functional.cross_entropy(logits[0][mask[1:]], torch.tensor(ids[1:])[torch.tensor(mask[1:])], reduction="sum")
+    assert torch.isclose(token_loss(model, torch.tensor([ids[:-1]]), targets), expected, atol=1e-4)
+
+
+# ---- replies
+
+
+def memory(tokenizer):
+    """A model that knows one dialogue by heart."""
+    torch.manual_seed(0)
+    model, dialogue = Llama(CONFIG), [user("Hi"), assistant("Hello 🦙!"), user("Bye"), assistant("So long.")]
+    finetune(model, [dialogue] * 4, tokenizer, TrainConfig(steps=80, lr=1e-2, warmup=5, bar=False, precision="float32"), batch_size=4)
+    return model, dialogue
+
+
+def test_replies(tokenizer):
+    model, dialogue = memory(tokenizer)
+    assert reply(model, tokenizer, dialogue[:1]) == dialogue[1]["content"]
+    assert reply(model, tokenizer, dialogue[:3]) == dialogue[3]["content"]
+    both = replies(model, tokenizer, [dialogue[:3], dialogue[:1], dialogue[:3]], n=2, max_new_tokens=20, batch_size=4)
+    assert both == [["So long."] * 2, ["Hello 🦙!"] * 2, ["So long."] * 2]
+    assert replies(model, tokenizer, [dialogue[:1]], max_new_tokens=2) == [[None]]
+    assert "Hello 🦙!".startswith(replies(model, tokenizer, [dialogue[:1]], max_new_tokens=2, partial=True)[0][0])
+    assert "Hello 🦙!".startswith(reply(model, tokenizer, dialogue[:1], max_new_tokens=2))
+    assert replies(model, tokenizer, []) == []
+
+
+def test_sampled_replies_depend_on_the_seed_only(tokenizer, model):
+    prompts = [[user("Hi")], [user("Where is Vera?")]]
+    sample = lambda seed: replies(model, tokenizer, prompts, n=3, temperature=1.0, max_new_tokens=10, seed=seed, partial=True)
+    assert sample(0) == sample(0) != sample(1)
+
+
+def test_reply_at_the_end_of_the_context(tokenizer, model):
+    for n, room in (60, 1), (61, 0), (70, 0):                  # <|endoftext|> <|user|> x... <|assistant|>
+        messages = [user("\x00" * n)]
+        if room:
+            assert isinstance(reply(model, tokenizer, messages), str)
+        else:
+            with pytest.raises(ValueError, match=f"the dialogue has {n + 3} tokens, and max_seq_len=64 leaves no room"):
+                reply(model, tokenizer, messages)
+    with pytest.raises(ValueError, match="more than max_seq_len=64"):
+        replies(model, tokenizer, [[user("\x00" * 50)]], max_new_tokens=40)
+    with pytest.raises(ValueError, match="temperature"):
+        reply(model, tokenizer, [user("Hi")], temperature=-1.0)
+
+
+# ---- distillation
+
+
+def test_distill_loss_by_hand(model):
+    torch.manual_seed(1)
+    teacher, inputs = Llama(CONFIG), torch.randint(0, 300, (3, 9))
+    targets = inputs.roll(-1, 1)
+    targets[:, :4] = targets[1, 6:] = IGNORE
+    for t in 0.5, 1.0, 3.0:
+        p, q = ((m(inputs) / t).softmax(-1) for m in (teacher, model))
+        expected = t**2 * sum((p[i, j] * (p[i, j] / q[i, j]).log()).sum() for i in range(3) for j in range(9) if targets[i, j] != IGNORE)
+        assert torch.isclose(distill_loss(teacher, t)(model, inputs, targets), expected, rtol=1e-3)
+    distill_loss(teacher)(model, inputs, targets).backward()
+    assert all(p.grad is None for p in teacher.parameters()) and any(p.grad is not None for p in model.parameters())
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan")])
+def test_distill_temperature(model, temperature):
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        distill_loss(model, temperature)
+
+
+def test_names():
+    assert {"check_dialogue", "encode_dialogue", "encode_prompt", "Dialogues", "finetune", "replies", "reply"} <= set(sft.__all__)
