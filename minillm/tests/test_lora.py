@@ -1,0 +1,346 @@
+"""Adapters: what a notebook cannot show well (every bad input, nothing half-applied, files of peft, resuming, memory)."""
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from minillm.data import Rows
+from minillm.lora import (NF4, TARGETS, LoraLinear, NF4Linear, add_lora, load_adapter, load_lora, lora_shapes, lora_state_dict,
+                          merge_lora, nf4_dequantize, nf4_quantize, remove_lora, save_adapter, to_nf4)
+from minillm.model import Llama, LlamaConfig
+from minillm.train import TrainConfig, train
+
+CONFIG = LlamaConfig(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48)
+
+
+def model(config=CONFIG):
+    torch.manual_seed(0)
+    return Llama(config)
+
+
+def adapted(rank=4, alpha=12, targets=TARGETS):
+    """A model with an adapter that does something."""
+    m = add_lora(model(), rank, alpha, targets)
+    for n, p in m.named_parameters():
+        if "lora_B" in n:
+            nn.init.normal_(p, std=0.1)
+    return m
+
+
+def ids(b=2, t=30):
+    return torch.randint(0, 300, (b, t), generator=torch.Generator().manual_seed(1))
+
+
+def snapshot(m):
+    return {n: (p.clone(), p.requires_grad) for n, p in m.named_parameters()}
+
+
+def same(before, m):
+    after = snapshot(m)
+    return before.keys() == after.keys() and all(torch.equal(p, after[n][0]) and g == after[n][1] for n, (p, g) in before.items())
+
+
+@torch.no_grad()
+def test_step_0_is_the_base_and_all_seven_layers_are_reached():
+    base, m = model(), add_lora(model(), 4, 8)
+    assert torch.equal(m(ids()), base(ids()))
+    wrapped = [n for n, x in m.named_modules() if isinstance(x, LoraLinear)]
+    assert len(wrapped) == 7 * CONFIG.n_layers and {n.rpartition(".")[2] for n in wrapped} == set(TARGETS)
+    assert {n for n, p in m.named_parameters() if p.requires_grad} == {n for n, _ in m.named_parameters() if ".lora_" in n}
+    for n, p in m.named_parameters():
+        assert "lora_A" not in n or p.abs().min() > 0, n
+        assert "lora_B" not in n or p.abs().max() == 0, n
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", TARGETS)
+def test_each_adapter_changes_the_output(layer):
+    m = add_lora(model(), 4, 8, [layer])
+    for x in lora_state_dict(m):
+        assert f".{layer}." in x
+    before = m(ids())
+    for n, p in m.named_parameters():
+        if "lora_B" in n:
+            nn.init.normal_(p, std=0.1)
+    assert (m(ids()) - before).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank, alpha", [(1, 3), (4, 8), (40, 7.5)])
+def test_update_is_scaled_by_alpha_over_rank(rank, alpha):
+    linear = nn.Linear(6, 10, bias=True)
+    lora = LoraLinear(linear, rank, alpha)
+    nn.init.normal_(lora.lora_B.weight)
+    x = torch.randn(5, 6)
+    expected = linear(x) + alpha / rank * x @ lora.lora_A.weight.T @ lora.lora_B.weight.T
+    assert torch.allclose(lora(x), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_merged_is_unmerged_and_a_plain_model_again():
+    m, plain = adapted(), model()
+    before = m(ids())
+    assert (before - plain(ids())).abs().max() > 0.01
+    assert merge_lora(m) is m
+    assert (m(ids()) - before).abs().max() < 1e-4
+    assert m.state_dict().keys() == plain.state_dict().keys() and all(p.requires_grad for p in m.parameters())
+    assert not any(isinstance(x, LoraLinear) for x in m.modules())
+    with pytest.raises(ValueError, match="no LoRA"):
+        merge_lora(m)
+    assert (m(ids()) - before).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_bias_survives_merging():
+    m = nn.Sequential()
+    m.add_module("q_proj", nn.Linear(6, 10))
+    lora = add_lora(m, 2, 4, ["q_proj"]).q_proj
+    nn.init.normal_(lora.lora_B.weight)
+    x = torch.randn(3, 6)
+    before = m(x)
+    assert torch.allclose(merge_lora(m)(x), before, atol=1e-5)
+
+
+def test_removed_is_the_base_bit_for_bit():
+    before, m = snapshot(model()), remove_lora(adapted())
+    assert same(before, m)
+
+
+BAD = [
+    (lambda m: add_lora(m, 0, 8), "rank must be at least 1: got 0"),
+    (lambda m: add_lora(m, -3, 8), "got -3"),
+    (lambda m: add_lora(m, 4, 0), "alpha must be a positive number: got 0"),
+    (lambda m: add_lora(m, 4, float("nan")), "got nan"),
+    (lambda m: add_lora(m, 4, 8, ["q_proj", "wq"]), "no layer 'wq'"),
+    (lambda m: add_lora(m, 4, 8, ["q_proj", "embed_tokens"]), "embed_tokens is Embedding"),
+    (lambda m: add_lora(m, 4, 8, ["norm"]), "norm is RMSNorm"),
+    (lambda m: add_lora(m, 4, 8, ["mlp"]), "mlp is SwiGLU"),
+    (lambda m: add_lora(m, 4, 8, "q_proj"), "'q_proj'"),
+    (lambda m: add_lora(m, 4, 8, []), r"got \[\]"),
+    (lambda m: to_nf4(m, ["wq"]), "no layer 'wq'"),
+    (merge_lora, "no LoRA"),
+    (remove_lora, "no LoRA"),
+    (lora_state_dict, "no LoRA"),
+    (lambda m: save_adapter(m, "nowhere"), "no LoRA"),
+    (lambda m: load_lora(m, lora_state_dict(adapted())), "no LoRA"),
+]
+
+
+@pytest.mark.parametrize("call, message", BAD)
+def test_bad_calls_on_a_plain_model_change_nothing(call, message):
+    m = model()
+    before = snapshot(m)
+    with pytest.raises(ValueError, match=message):
+        call(m)
+    assert same(before, m)
+
+
+@pytest.mark.parametrize("rank", [2.0, "4", True, None])
+def test_a_rank_that_is_no_int(rank):
+    m = model()
+    before = snapshot(m)
+    with pytest.raises(TypeError, match="rank must be an int"):
+        add_lora(m, rank, 8)
+    assert same(before, m)
+
+
+def without(state, part):
+    return {n: p for n, p in state.items() if part not in n}
+
+
+BAD_STATES = [
+    (lambda s: {n: p[:2] if "lora_A" in n else p for n, p in s.items()}, r"lora_A.*\(4, 32\).*\(2, 32\)"),
+    (lambda s: lora_state_dict(adapted(rank=8)), r"\(4, 32\) in the model, \(8, 32\) in the adapter"),
+    (lambda s: without(s, "layers.1.mlp.down_proj.lora_B"), "down_proj.lora_B.weight is .* in the model, missing in the adapter"),
+    (lambda s: s | {"extra": torch.zeros(1)}, "extra is missing in the model"),
+    (lambda s: {n.removeprefix("base_model.model."): p for n, p in s.items()}, "missing in the adapter"),
+    (lambda s: {}, "missing in the adapter"),
+]
+
+
+@pytest.mark.parametrize("spoil, message", BAD_STATES)
+def test_an_adapter_that_does_not_fit_changes_nothing(spoil, message):
+    m = adapted()
+    before = snapshot(m)
+    state = spoil({n: p + 1 for n, p in lora_state_dict(m).items()})
+    with pytest.raises(ValueError, match=message):
+        load_lora(m, state)
+    assert same(before, m)
+
+
+def test_twice_is_refused():
+    for call in (lambda m: add_lora(m, 4, 8), lambda m: add_lora(m, 4, 8, ["lm_head"]), to_nf4):
+        m = adapted()
+        before = snapshot(m)
+        with pytest.raises(ValueError, match="LoRA already"):
+            call(m)
+        assert same(before, m)
+
+
+def test_tied_embeddings_are_refused_and_untied_ones_are_not():
+    tied = model(LlamaConfig(vocab_size=300, dim=32, n_layers=1, n_heads=4, hidden_dim=48, tie_embeddings=True))
+    for target in ("lm_head", "embed_tokens"):
+        with pytest.raises(ValueError, match=f"{target} shares its weight"):
+            add_lora(tied, 4, 8, ["q_proj", target])
+    assert not any(isinstance(x, LoraLinear) for x in tied.modules())
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    untied = add_lora(model(), 4, 8, [*TARGETS, "lm_head"])
+    assert isinstance(untied.lm_head, LoraLinear)
+    assert merge_lora(add_lora(tied, 4, 8)).lm_head.weight is tied.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_files_go_to_peft_and_come_back(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    ours, c = adapted(), CONFIG
+    save_adapter(ours, tmp_path / "ours")
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim, max_position_embeddings=c.max_seq_len,
+        rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=False))
+    base.load_state_dict(model().state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
+        assert (theirs(ids()).logits - ours(ids())).abs().max() < 1e-4
+        theirs.save_pretrained(tmp_path / "theirs")
+        back = load_adapter(model(), tmp_path / "theirs")
+        assert torch.equal(back(ids()), ours(ids()))
+        merged = theirs.merge_and_unload()
+    assert (merged(ids()).logits - merge_lora(ours)(ids())).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_adapters_take_turns_on_one_base(tmp_path):
+    small, large = adapted(2, 8, ["q_proj", "v_proj"]), adapted(8, 4)
+    save_adapter(small, tmp_path / "small")
+    save_adapter(large, tmp_path / "large")
+    m = model()
+    for folder, expected in (("small", small), ("large", large), ("small", small)):
+        assert torch.equal(load_adapter(m, tmp_path / folder)(ids()), expected(ids()))
+    assert torch.equal(remove_lora(m)(ids()), model()(ids()))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"use_rslora": True}, "use_rslora"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
+    ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"peft_type": "IA3"}, "IA3"), ({"r": 0}, "rank must be at least 1"), ({"r": 5}, r"\(5, 32\) in the model, \(4, 32\)"),
+    ({"target_modules": ["wq"]}, "no layer 'wq'"), ({"target_modules": ["q_proj"]}, "missing in the model"),
+])
+def test_files_that_do_not_fit_change_nothing(tmp_path, change, message):
+    save_adapter(adapted(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for m in (model(), adapted(8, 4)):
+        before = snapshot(m)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(m, tmp_path)
+        assert same(before, m)
+
+
+def test_file_size_is_predicted(tmp_path):
+    shapes = lora_shapes(model(), 4)
+    save_adapter(adapted(), tmp_path)
+    data = (tmp_path / "adapter_model.safetensors").read_bytes()
+    tensors = 4 * sum(a * b for a, b in shapes.values())
+    assert len(data) == 8 + int.from_bytes(data[:8], "little") + tensors
+    assert shapes == {n: tuple(p.shape) for n, p in lora_state_dict(adapted()).items()} == lora_shapes(adapted(), 4)
+
+
+def batches():
+    documents = torch.randint(0, 300, (16, 20), generator=torch.Generator().manual_seed(2)).tolist()
+    return Rows(documents, batch_size=4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_training_moves_the_adapter_only(precision, four_bit):
+    m = to_nf4(model()) if four_bit else model()
+    m = add_lora(m, 4, 8)
+    before, buffers = snapshot(m), {n: b.clone() for n, b in m.named_buffers()}
+    history = train(m, batches(), TrainConfig(steps=60, lr=1e-2, warmup=1, precision=precision, bar=False))
+    assert history[-1]["loss"] < history[0]["loss"] - 0.05
+    for n, (p, trainable) in before.items():
+        assert torch.equal(p, m.get_parameter(n)) != trainable, n
+    assert all(torch.equal(b, m.get_buffer(n)) for n, b in buffers.items())
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, four_bit):
+    def fresh():
+        torch.manual_seed(3)
+        return add_lora(to_nf4(model()) if four_bit else model(), 4, 8)
+
+    class Cut(Rows):
+        def __getitem__(self, i):
+            if i == 13:
+                raise OSError("gone")
+            return super().__getitem__(i)
+
+    c = TrainConfig(steps=20, lr=1e-2, warmup=2, precision="float32", bar=False, checkpoint=str(tmp_path), checkpoint_every=5)
+    with pytest.raises(OSError):
+        train(fresh(), Cut(batches().documents, 4), c)
+    resumed, whole = fresh(), fresh()
+    train(resumed, batches(), c)
+    train(whole, batches(), TrainConfig(steps=20, lr=1e-2, warmup=2, precision="float32", bar=False))
+    assert same(snapshot(whole), resumed)
+
+
+PAPER = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+         -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]          # Dettmers et al. 2023, appendix E
+
+
+def test_nf4_has_the_values_of_the_paper():
+    assert (NF4 - torch.tensor(PAPER)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (3, 5), (7, 64), (1, 1), (128, 200)])
+def test_nf4_takes_the_nearest_value(shape):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    codes, scales = nf4_quantize(w)
+    n = -(-w.numel() // 64) * 64
+    assert codes.dtype == torch.uint8 and codes.shape == (n // 2,) and scales.shape == (n // 64,)
+    back = nf4_dequantize(codes, scales, shape)
+    per_weight = scales.repeat_interleave(64)[:w.numel()].view(shape)
+    nearest = (w[..., None] - per_weight[..., None] * NF4).abs().amin(-1)
+    assert back.shape == shape and ((back - w).abs() - nearest).abs().max() < 1e-6
+
+
+def test_nf4_of_zeros_of_one_value_and_twice():
+    for w in (torch.zeros(4, 32), torch.full((4, 32), -0.3), torch.full((2, 64), 1e-38)):
+        back = nf4_dequantize(*nf4_quantize(w), w.shape)
+        assert torch.allclose(back, w, atol=1e-7) and back.isfinite().all()
+    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    once = nf4_dequantize(*nf4_quantize(w), w.shape)
+    assert torch.equal(nf4_dequantize(*nf4_quantize(once), w.shape), once)
+
+
+def test_gradients_pass_a_4_bit_layer_and_it_keeps_no_weight():
+    linear = nn.Linear(64, 96, bias=False)
+    packed = NF4Linear(linear)
+    kept, x = [], torch.randn(5, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = packed(x)
+    y.backward(torch.ones_like(y))
+    assert torch.allclose(y, x @ packed.weight.T, atol=1e-5) and torch.allclose(x.grad, torch.ones(5, 96) @ packed.weight, atol=1e-5)
+    assert sum(t.numel() for t in kept) < 64 * 96 / 2
+    assert not list(packed.parameters())
+
+
+@torch.no_grad()
+def test_a_4_bit_base_can_be_merged():
+    m = add_lora(to_nf4(model()), 4, 8)
+    for n, p in m.named_parameters():
+        if "lora_B" in n:
+            nn.init.normal_(p, std=0.1)
+    before = m(ids())
+    merge_lora(m)
+    assert (m(ids()) - before).abs().max() < 1e-4 and m.state_dict().keys() == model().state_dict().keys()
+
+
+def test_a_bias_has_no_place_in_4_bits():
+    with pytest.raises(ValueError, match="bias"):
+        NF4Linear(nn.Linear(64, 64))
