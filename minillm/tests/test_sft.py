@@ -181,12 +181,12 @@ def test_longest_dialogue_that_fits(tokenizer, model):
         if fits:
             assert train()[0]["tokens"] == 2
         else:
-            with pytest.raises(ValueError, match="max_seq_len=64"):
+            with pytest.raises(ValueError, match="dialogue 0 has 66 tokens, more than max_seq_len=64"):
                 train()
 
 
 def test_only_answers_teach(tokenizer):
-    """The gradient does not depend on what stands in a question that nothing after it reads: the mask holds back each of its tokens."""
+    """The loss of a batch is the cross-entropy of the answer's tokens and its end, and of nothing else."""
     torch.manual_seed(0)
     model = Llama(CONFIG)
     (_, targets), = [Dialogues([[user("abc"), assistant("de")]], tokenizer, 1)[0]]
@@ -217,6 +217,12 @@ def test_replies(tokenizer):
     assert "Hello 🦙!".startswith(replies(model, tokenizer, [dialogue[:1]], max_new_tokens=2, partial=True)[0][0])
     assert "Hello 🦙!".startswith(reply(model, tokenizer, dialogue[:1], max_new_tokens=2))
     assert replies(model, tokenizer, []) == []
+
+
+def test_replies_do_not_depend_on_the_batch(tokenizer, model):
+    prompts = [[user("Where is Vera? " * n)] for n in (1, 3, 2, 1)]
+    alone = [replies(model, tokenizer, [p], max_new_tokens=12, partial=True)[0] for p in prompts]
+    assert replies(model, tokenizer, prompts, max_new_tokens=12, partial=True) == alone and len({a for a, in alone}) > 1
 
 
 def test_sampled_replies_depend_on_the_seed_only(tokenizer, model):
