@@ -1,0 +1,351 @@
+"""What the notebook on preferences cannot show: parity with trl's own trainers, and input that must be refused."""
+import math
+import warnings
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from minillm import dpo
+from minillm.data import ENDOFTEXT
+from minillm.dpo import (Pairs, count_pairs, dpo_loss, encode_answer, ipo_loss, kto_loss, orpo_loss, pad_right, preference_loss,
+                         sample_pairs, sequence_kl, sequence_logprob)
+from minillm.model import Llama, LlamaConfig
+from minillm.sft import ASSISTANT, USER
+from minillm.tasks import Question, dialogues, exams
+from minillm.tokenizer import Tokenizer
+from minillm.train import TrainConfig, train
+
+TINY = LlamaConfig(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=512)
+LOSSES = (dpo_loss, ipo_loss, kto_loss, orpo_loss)
+
+
+def tiny(seed=0):
+    """A model far from uniform, so that a wrong shift or mask shows."""
+    torch.manual_seed(seed)
+    model = Llama(TINY)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [message["content"] for messages in dialogues(40) for message in messages]
+    return Tokenizer.train(texts, 300, special_tokens=(ENDOFTEXT, USER, ASSISTANT))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return [(messages, question.answer("polite"), question.answer("rude")) for messages, question in exams(12)]
+
+
+def draw(n, rng):
+    return torch.randint(0, 300, (n,), generator=rng).tolist()
+
+
+def ragged(seed=0, lengths=((5, 3, 7), (12, 1, 2), (2, 9, 1), (8, 4, 4), (1, 6, 3))):
+    """Rows as trl takes them: ids of prompt, chosen and rejected, of unequal lengths."""
+    rng = torch.Generator().manual_seed(seed)
+    return [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (draw(n, rng) for n in row))) for row in lengths]
+
+
+def batch(rows):
+    """The same rows for sequence_logprob, chosen first."""
+    return pad_right([(row["prompt_ids"] + row[side], [False] * len(row["prompt_ids"]) + [True] * len(row[side]))
+                      for side in ("chosen_ids", "rejected_ids") for row in rows])
+
+
+def logprobs(rows, policy, reference):
+    ids, mask = batch(rows)
+    with torch.no_grad():
+        return sequence_logprob(policy, ids, mask), sequence_logprob(reference, ids, mask), mask.sum(1).float()
+
+
+# ---- trl
+
+def transformers_copy(model):
+    """The model in transformers, with the head that trl's trainers put on it."""
+    from transformers import LlamaConfig as Config, LlamaForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    c = model.config
+    copy = LlamaForCausalLM(Config(
+        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim, rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_seq_len,
+        bos_token_id=None, eos_token_id=None))
+    copy.load_state_dict(model.state_dict())
+    add_fused_lm_head(copy, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    return copy.eval()
+
+
+def trl_dpo(rows, policy, reference, beta, kind="sigmoid"):
+    """Loss and metrics of trl's DPOTrainer, with its own collator and its own log-probabilities of transformers' models."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+
+    policy, reference, same = transformers_copy(policy), transformers_copy(reference), lambda z: z
+    trainer = SimpleNamespace(                   # what _compute_loss reads; a whole trainer wants a tokenizer, a data set and a folder
+        model=policy, ref_model=reference, accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same), beta=beta,
+        loss_types=[kind], loss_weights=[1.0], f_divergence_type="reverse_kl", ld_alpha=None, label_smoothing=0.0, use_weighting=False,
+        aux_loss_enabled=False, precompute_ref_logps=False, args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        _metrics={"eval": defaultdict(list)}, _total_train_tokens=0, _tp_size=1)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = DPOTrainer._compute_loss(trainer, policy, DataCollatorForPreference(pad_token_id=7)(rows), return_outputs=False)
+    return loss, {name: values[0] for name, values in trainer._metrics["eval"].items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("beta", (0.05, 0.5))
+def test_sequence_logprob_and_dpo_loss_equal_trl(seed, beta):
+    rows, policy, reference = ragged(seed), tiny(seed), tiny(seed + 100)
+    p, r, _ = logprobs(rows, policy, reference)
+    loss, metrics = trl_dpo(rows, policy, reference, beta)
+    assert torch.isclose(dpo_loss(*p.chunk(2), *r.chunk(2), beta), loss, atol=1e-4)
+    chosen, rejected = p.chunk(2)
+    assert math.isclose(metrics["logps/chosen"], chosen.mean(), abs_tol=1e-3)
+    assert math.isclose(metrics["logps/rejected"], rejected.mean(), abs_tol=1e-3)
+
+
+def test_each_sequence_logprob_equals_trl():
+    """One pair at a time, so that its mean over the batch is the number itself."""
+    rows, policy = ragged(5), tiny(5)
+    ids, mask = batch(rows)
+    with torch.no_grad():
+        ours = sequence_logprob(policy, ids, mask).chunk(2)
+    for i, row in enumerate(rows):
+        _, metrics = trl_dpo([row], policy, policy, 0.1)
+        for z, side in zip(ours, ("chosen", "rejected")):
+            assert math.isclose(metrics[f"logps/{side}"], z[i], abs_tol=1e-4)
+
+
+def test_ipo_equals_trl_given_means_per_token():
+    """trl divides each log-ratio by the length of its answer, which the paper's text does not."""
+    rows, policy, reference = ragged(1), tiny(1), tiny(2)
+    p, r, n = logprobs(rows, policy, reference)
+    loss, _ = trl_dpo(rows, policy, reference, 0.2, "ipo")
+    assert torch.isclose(ipo_loss(*(p / n).chunk(2), *(r / n).chunk(2), 0.2), loss, atol=1e-4)
+
+
+def test_kto_equals_trl_given_the_same_zero():
+    from trl.trainer.kto_trainer import KTOTrainer
+
+    rows, policy, reference = ragged(2), tiny(2), tiny(3)
+    p, r, _ = logprobs(rows, policy, reference)
+    ids, mask = batch(rows)
+    copies, same, half = {"policy": transformers_copy(policy), "reference": transformers_copy(reference)}, lambda z: z, len(rows)
+    trainer = SimpleNamespace(
+        model=copies["policy"], ref_model=copies["reference"], accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
+        beta=0.3, loss_type="kto", aux_loss_enabled=False, precompute_ref_logps=False, calculate_KL=True, desirable_weight=1.0,
+        undesirable_weight=1.0, args=SimpleNamespace(gradient_checkpointing_kwargs=None), _metrics={"eval": defaultdict(list)},
+        _compute_kl_logps=lambda model, _: p if model is copies["policy"] else r, _total_train_tokens=0, _tp_size=1)
+    inputs = {"input_ids": ids, "completion_mask": mask.long(), "attention_mask": torch.ones_like(ids),
+              "label": [True] * half + [False] * half}
+    inputs["label"] = torch.tensor(inputs["label"])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = KTOTrainer._compute_loss(trainer, copies["policy"], inputs, return_outputs=False)
+    assert torch.isclose(kto_loss(*p.chunk(2), *r.chunk(2), 0.3), loss, atol=1e-4)
+
+
+def test_orpo_equals_trl():
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
+    rows, policy = ragged(4), tiny(4)
+    p, _, n = logprobs(rows, policy, policy)
+    ids, mask = batch(rows)
+    with torch.no_grad():
+        means = ORPOTrainer.get_batch_logps(policy(ids), ids.masked_fill(~mask, -100), average_log_prob=True)
+    assert torch.allclose(means, p / n, atol=1e-4)
+    trainer = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
+    odds, *_ = ORPOTrainer.odds_ratio_loss(trainer, *means.chunk(2))
+    expected = (-means.chunk(2)[0] - odds).mean()
+    assert torch.isclose(orpo_loss(*p.chunk(2), *n.chunk(2), 0.4), expected, atol=1e-4)
+
+
+# ---- log-probabilities
+
+def test_padding_and_company_do_not_matter():
+    rows, model = ragged(3), tiny(3)
+    ids, mask = batch(rows)
+    with torch.no_grad():
+        together = sequence_logprob(model, ids, mask)
+        other = torch.where(mask.flip(1).cummax(1)[0].flip(1), ids, 299)            # another filler after the last marked token
+        assert (other != ids).any() and torch.allclose(together, sequence_logprob(model, other, mask), atol=1e-4)
+        for i, alone in enumerate(together):
+            n = int(mask[i].nonzero()[-1]) + 1
+            assert torch.isclose(alone, sequence_logprob(model, ids[i:i + 1, :n], mask[i:i + 1, :n])[0], atol=1e-4)
+
+
+def test_a_probability_distribution_over_answers():
+    """The probabilities of all answers of one length to one prompt sum to 1: nothing is shifted, left out or counted twice."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(vocab_size=6, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16))
+    for p in model.parameters():
+        nn.init.normal_(p)
+    answers = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    ids = torch.cat((torch.tensor([[1, 2, 3]]).expand(36, 3), answers), 1)
+    mask = torch.tensor([[False] * 3 + [True] * 2]).expand(36, 5)
+    with torch.no_grad():
+        p = sequence_logprob(model, ids, mask).exp()
+    assert p.std() > 0.01 and math.isclose(p.sum(), 1, abs_tol=1e-4)
+
+
+def test_bfloat16_is_near_and_float32():
+    ids, mask = batch(ragged(6))
+    with torch.no_grad():
+        exact, rounded = (sequence_logprob(tiny(6), ids, mask, precision) for precision in ("float32", "bf16"))
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert torch.allclose(exact, rounded, rtol=0.1, atol=0.5)
+
+
+# ---- batches and training
+
+def test_pairs_mark_each_answer_by_its_own_mask(tokenizer, pairs):
+    batches = Pairs(pairs, tokenizer, tiny(), batch_size=4)
+    seen = []
+    for i in range(3):
+        ids, mask, reference = batches[i]
+        assert len(ids) == 8 and count_pairs(ids, mask, reference) == 4
+        for k, (row, marked) in enumerate(zip(ids, mask)):
+            messages, *answers = next(pair for pair in pairs if tokenizer.decode(row.tolist()).count(pair[0][0]["content"]))
+            assert tokenizer.decode(row[marked].tolist()) == answers[k // 4] + ENDOFTEXT
+            assert (marked.diff() != 0).sum() <= 2                                  # one stretch
+            seen.append(messages[0]["content"])
+        assert torch.allclose(reference, sequence_logprob(tiny(), ids, mask).detach(), atol=1e-3)
+    assert len(set(seen)) == 12                                                     # an epoch has every pair
+    assert all(torch.equal(a, b) for a, b in zip(batches[4], Pairs(pairs, tokenizer, tiny(), batch_size=4)[4]))
+
+
+def test_only_the_last_answer_of_a_dialogue_is_marked(tokenizer):
+    messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Who?"}]
+    ids, mask = encode_answer(messages, f"Vera. {USER}", tokenizer)
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == f"Vera. {USER}{ENDOFTEXT}"
+    assert ids.count(tokenizer.special_tokens[USER]) == 2                           # that in the answer is ordinary text
+
+
+def test_first_loss_is_ln_2_and_the_reference_stays(tokenizer, pairs):
+    model, reference = tiny(1), tiny(1)
+    log, before = [], [p.clone() for p in reference.parameters()]
+    history = train(model, Pairs(pairs, tokenizer, reference, 4), TrainConfig(steps=8, lr=3e-3, warmup=1, bar=False, precision="float32"),
+                    loss=preference_loss(dpo_loss, 0.1, log), count=count_pairs)
+    assert abs(history[0]["loss"] - math.log(2)) < 1e-6 and history[0]["tokens"] == 4
+    assert history[-1]["loss"] < math.log(2) - 0.01 and len(log) == 8
+    assert log[-1]["chosen"] > log[-1]["rejected"] and log[-1]["accuracy"] > 0.5
+    assert all(torch.equal(p, q) and q.grad is None for p, q in zip(before, reference.parameters()))
+
+
+def test_accumulation_weighs_every_pair_alike(tokenizer, pairs):
+    runs = []
+    for batch_size, accumulate in ((4, 1), (2, 2)):
+        model = tiny(1)
+        batches = Pairs(pairs[:4], tokenizer, tiny(2), batch_size)
+        train(model, batches, TrainConfig(steps=1, lr=1e-3, warmup=1, accumulate=accumulate, bar=False, precision="float32"),
+              loss=preference_loss(dpo_loss, 0.1), count=count_pairs)
+        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*runs, atol=1e-4)
+
+
+def test_without_reference_the_numbers_of_tokens(tokenizer, pairs):
+    batches, model = Pairs(pairs, tokenizer, None, batch_size=4), tiny(1)
+    ids, mask, tokens = batches[0]
+    assert torch.equal(tokens, mask.sum(1).float())
+    sums = sequence_logprob(model, ids, mask)
+    expected = orpo_loss(*sums.chunk(2), *mask.sum(1).chunk(2), 0.5) * 4
+    assert torch.isclose(preference_loss(orpo_loss, 0.5)(model, ids, mask, tokens), expected)
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_every_loss_prefers_the_chosen(function):
+    """Its gradient raises the chosen and lowers the rejected log-probability, and its value falls with the margin."""
+    chosen, rejected = torch.tensor([-3.0, -8.0], requires_grad=True), torch.tensor([-4.0, -5.0], requires_grad=True)
+    other = (torch.tensor([5.0, 4.0]), torch.tensor([6.0, 9.0])) if function is orpo_loss else (torch.tensor([-3.5, -8.0]), torch.tensor([-4.0, -5.5]))
+    loss = function(chosen, rejected, *other, 0.1)
+    loss.backward()
+    assert loss.ndim == 0 and (chosen.grad < 0).all() and (rejected.grad > 0).all()
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_far_apart_stays_finite(function):
+    far = torch.full((2,), -1e4, requires_grad=True)
+    near = torch.full((2,), -1e-3, requires_grad=True)
+    other = (torch.ones(2), torch.ones(2)) if function is orpo_loss else (torch.full((2,), -10.0), torch.full((2,), -10.0))
+    for pair in ((near, far), (far, near)):
+        loss = function(*pair, *other, 0.1)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(far.grad).all() and torch.isfinite(near.grad).all()
+
+
+# ---- sampled pairs
+
+def test_sample_pairs_ranks_by_the_judge(monkeypatch):
+    prompts = [([{"role": "user", "content": text}], text) for text in ("a", "b", "c", "d")]
+    answers = [["one", "three!", "two"], ["same", "same", "same"], ["x", None, "  "], ["ab", "ba", "cc"]]
+    monkeypatch.setattr(dpo, "replies", lambda *_, **__: answers)
+    assert sample_pairs(None, None, prompts, lambda about, answer: len(answer), n=3) == [(prompts[0][0], "three!", "one")]
+
+
+def test_kl_is_that_of_the_distributions(tokenizer):
+    """Exact over all answers of two tokens: the mean of sequence_kl under the policy is the KL divergence."""
+    config = LlamaConfig(vocab_size=6, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16)
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Llama(config))
+        for p in models[-1].parameters():
+            nn.init.normal_(p)
+    ids = torch.cat((torch.tensor([[1, 2, 3]]).expand(36, 3), torch.cartesian_prod(torch.arange(6), torch.arange(6))), 1)
+    mask = torch.tensor([[False] * 3 + [True] * 2]).expand(36, 5)
+    with torch.no_grad():
+        p, q = (sequence_logprob(model, ids, mask) for model in models)
+    kl = sequence_kl(*models, ids, mask)
+    assert (kl >= 0).all() and not kl.requires_grad
+    assert math.isclose((p.exp() * kl).sum(), (p.exp() * (p - q)).sum(), abs_tol=1e-4)
+
+
+# ---- refused
+
+@pytest.mark.parametrize("beta", (0, -0.1, math.nan))
+@pytest.mark.parametrize("function", LOSSES)
+def test_beta_must_be_positive(function, beta):
+    z = torch.ones(3)
+    with pytest.raises(ValueError, match=f"beta must be above 0: got {beta}"):
+        function(-z, -z, z, z, beta)
+    with pytest.raises(ValueError, match="beta must be above 0"):
+        preference_loss(function, beta)
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_shapes_must_agree(function):
+    z = torch.ones(3)
+    for wrong in (torch.ones(2), torch.ones(3, 1), torch.ones(())):
+        with pytest.raises(ValueError, match=r"one shape \(b,\)"):
+            function(-z, -wrong, z, z, 0.1)
+    with pytest.raises(ValueError, match=r"one shape \(b,\)"):
+        function(*[torch.ones(0)] * 4, 0.1)
+
+
+def test_masks_that_cannot_be():
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    for mask, message in ((torch.ones(2, 3), r"got \(2, 4\) and \(2, 3\)"), (torch.ones(2, 4), "row 0 marks its first token"),
+                          (torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]]), "row 1 marks no token")):
+        with pytest.raises(ValueError, match=message):
+            sequence_logprob(tiny(), ids, mask)
+
+
+def test_pairs_that_teach_nothing(tokenizer, pairs):
+    messages = [{"role": "user", "content": "Who?"}]
+    for bad, message in (([], "no pairs"), ([(messages, "Vera.", "Vera.")], "pair 0.*'Vera.'"),
+                         ([pairs[0], (messages, "Vera.", " ")], "pair 1: an answer is empty"),
+                         ([(messages + messages, "Vera.", "Tom.")], "message 1")):
+        with pytest.raises(ValueError, match=message):
+            Pairs(bad, tokenizer, tiny(), 1)
+    with pytest.raises(ValueError, match="batch_size=13 is more than the 12"):
+        Pairs(pairs, tokenizer, tiny(), 13)
+
+
+def test_one_answer_is_no_comparison(tokenizer):
+    with pytest.raises(ValueError, match="n must be at least 2 answers a prompt.* got 1"):
+        sample_pairs(tiny(), tokenizer, exams(1), Question.reward, n=1)
