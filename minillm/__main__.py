@@ -1,28 +1,95 @@
-"""Train a LLaMA on the story world, or on your own text, and show what it learnt."""
+"""Train a LLaMA on the story world and tune it to talk, or train one on your own text, and show what it learnt."""
 import argparse
 import sys
+from contextlib import redirect_stdout
+
+import torch
 
 from minillm import recipes, scorecard
+from minillm.data import ENDOFTEXT
+from minillm.generate import stream
+from minillm.sft import encode_prompt
+
+ANSWER = 200      # tokens that an answer may have: a story and some more
 
 
-def report(stage, own_text):
-    """What the model writes, and its row of the scorecard."""
-    print(f"After training it writes:\n{recipes.samples(stage.model, stage.tokenizer, 3 if own_text else 10)}\n")
-    if own_text:
-        bpb = scorecard.bits_per_byte(stage.model, stage.heldout, stage.tokenizer)
-        print(f"Held-out text: {bpb:.4f} bits per byte")
-    else:
-        print(scorecard.table([scorecard.score("base", stage.model, stage.tokenizer, recipes.heldout_stories())]))
-        print(scorecard.LEGEND)
+def arc():
+    """Every stage of the course's model, one after another, each with its row of the scorecard."""
+    base = recipes.base()
+    print(f"After training it writes:\n{recipes.samples(base.model, base.tokenizer, 10)}\n")
+    rows = [scorecard.bounds()[1], scorecard.score("base", base.model, base.tokenizer)]
+    print(scorecard.table(rows))
+    chat = recipes.chat()
+    for name in "chat", "lora", "dpo":
+        stage = getattr(recipes, name)()
+        rows.append(scorecard.score(name, stage.model, stage.tokenizer, None if name == "chat" else chat.model))
+        print(scorecard.table(rows))
+    print(f'{scorecard.LEGEND}\n\nTalk with it: python -m minillm chat')
+
+
+def own_text(paths):
+    """A base model of the reader's own files."""
+    stage = recipes.from_files(paths)
+    print(f"After training it writes:\n{recipes.samples(stage.model, stage.tokenizer, 3)}\n")
+    print(f"Held-out text: {scorecard.bits_per_byte(stage.model, stage.heldout, stage.tokenizer):.4f} bits per byte")
+
+
+def answer(stage, messages, seed=0):
+    """Print the answer to a dialogue while it is generated; returns it. Raises ValueError if the dialogue is too long."""
+    ids, limit = torch.tensor([encode_prompt(messages, stage.tokenizer)], device=recipes.device()), stage.model.config.max_seq_len
+    room = min(ANSWER, limit - ids.shape[1])
+    if room < 1:
+        raise ValueError(f"this dialogue has {ids.shape[1]} tokens, and the model reads {limit}: say it in fewer words")
+    text = ""
+    for piece in stream(stage.model, stage.tokenizer, ids, room, stop=stage.tokenizer.special_tokens[ENDOFTEXT], temperature=0.5, seed=seed):
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
+
+
+def chat(prompt):
+    """Talk with the newest stage, or answer one prompt. What is lacking is built first; its progress goes to stderr."""
+    if prompt is not None and not prompt.strip():
+        raise ValueError("the prompt is empty")
+    with redirect_stdout(sys.stderr):
+        stage = recipes.dpo()
+    if prompt is not None:
+        answer(stage, [{"role": "user", "content": prompt}])
+        return
+    print('Try "Tell a story about a shy alpaca and a kite.", then ask who has the kite. An empty line ends the talk.')
+    messages = []
+    while line := ask().strip():
+        messages.append({"role": "user", "content": line})
+        try:
+            messages.append({"role": "assistant", "content": answer(stage, messages, seed=len(messages)) or "..."})
+        except ValueError as error:
+            print(f"({error}. The talk begins anew.)")
+            messages = []
+
+
+def ask():
+    """A line from the terminal; the end of the input is an empty one."""
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m minillm", description=__doc__, epilog="Finished stages are kept in the user's "
                                      "cache folder, or in the one that MINILLM_CACHE names. Ctrl-C keeps a checkpoint: the same command goes on.")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="learn from these UTF-8 text files instead of the story world")
+    what = parser.add_subparsers(dest="what", metavar="")
+    what.add_parser("chat", help=chat.__doc__).add_argument("--prompt", help="answer this once, on stdout, and end")
     options = parser.parse_args(arguments)
     try:
-        report(recipes.from_files(options.text) if options.text else recipes.base(), options.text)
+        if options.what == "chat":
+            chat(options.prompt)
+        elif options.text:
+            own_text(options.text)
+        else:
+            arc()
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the last checkpoint.")
         return 130

@@ -264,9 +264,13 @@ class Rows:
             self.epoch, self.batches = epoch, [batches[i] for i in rng.permutation(len(batches))]
         return self.batches
 
-    def __getitem__(self, i):
+    def chosen(self, i):
+        "The indices of the documents that make up batch i."
         n = len(self.plan(self.epoch or 0))
-        rows = [self.documents[j] for j in self.plan(i // n)[i % n]]
+        return self.plan(i // n)[i % n]
+
+    def __getitem__(self, i):
+        rows = [self.documents[j] for j in self.chosen(i)]
         ids = torch.full((len(rows), max(map(len, rows))), IGNORE)
         for row, document in zip(ids, rows):
             row[:len(document)] = torch.tensor(document)

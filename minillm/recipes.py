@@ -1,7 +1,7 @@
 """The stages of the model. Each is loaded if this exact recipe was built before, and else built with a progress bar.
 
-The cache is keyed by what defines a stage: its settings, the text it learns from, and the code that makes it. It lives in
-the user's cache folder (the environment variable MINILLM_CACHE names another).
+The cache is keyed by what defines a stage: its settings, the text it learns from, the code that makes it, and the stage
+before it. It lives in the user's cache folder (the environment variable MINILLM_CACHE names another).
 """
 import ast
 import hashlib
@@ -17,14 +17,20 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors.torch import load_file, save_file
 
-from minillm.data import Rows, Windows, clean, encode_document, read_documents, split_documents
+from minillm.data import ENDOFTEXT, Rows, Windows, clean, encode_document, read_documents, split_documents
+from minillm.dpo import Pairs, count_pairs, preference_loss, sample_pairs
 from minillm.generate import generate
+from minillm.lora import add_lora
 from minillm.model import Llama, LlamaConfig
+from minillm.sft import ASSISTANT, USER, finetune
+from minillm.tasks import dialogues, exams
 from minillm.tokenizer import Tokenizer
 from minillm.train import TrainConfig, train
-from minillm.world import World
+from minillm.world import HARBOUR, World
 
 CODE = ("attention", "data", "layers", "model", "recipes", "rope", "tokenizer", "train", "world")
+# Those of the chat have their rows from the start, as LLaMA 3 has reserved ones, so that no later stage must grow the model.
+SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,24 @@ class Recipe:
     seed: int = 0
 
 
-STORIES = Recipe(LlamaConfig(vocab_size=720, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344),
+@dataclass(frozen=True)
+class Tuning:
+    """How a stage is made from the one before it. examples: dialogues, or questions whose answers become preference pairs."""
+
+    training: TrainConfig
+    examples: int
+    batch_size: int = 16
+
+
+STORIES = Recipe(LlamaConfig(vocab_size=896, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344, max_seq_len=512),
                  TrainConfig(steps=2200, lr=5e-3, muon=2.0, warmup=50, min_lr=0.02), batch_size=16, stories=35200)
 # A file is read many times over, and there Muon learns it by heart (measured on Tiny Shakespeare): plain AdamW.
-FILES = replace(STORIES, model=replace(STORIES.model, vocab_size=1024), stories=0,
+FILES = replace(STORIES, model=replace(STORIES.model, vocab_size=1024, max_seq_len=256), stories=0,
                 training=replace(STORIES.training, steps=750, lr=3e-3, muon=0, weight_decay=0.3))
+CHAT = Tuning(TrainConfig(steps=640, lr=3e-3, muon=2.0, warmup=20, min_lr=0.02), examples=10240)
+LORA, RANK, ALPHA = Tuning(TrainConfig(steps=180, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0), examples=2880), 8, 16
+# float32: the loss is made of differences between sums over an answer, in which the rounding of bfloat16 shows.
+DPO, BETA = Tuning(TrainConfig(steps=70, lr=8e-5, warmup=10, weight_decay=0, precision="float32"), examples=600), 0.1
 
 
 @dataclass
@@ -55,6 +74,7 @@ class Stage:
     history: list
     floor: float | None = None
     heldout: list = field(default_factory=list)      # texts that it was not trained on
+    key: str = ""
 
 
 def cache_folder():
@@ -66,11 +86,11 @@ def code_of(module):
     return ast.dump(ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")))
 
 
-def key(recipe):
+def key(recipe, code=CODE, after=""):
     settings = asdict(recipe)
     for shown in ("bar", "floor", "checkpoint"):
         settings["training"].pop(shown)
-    text = json.dumps(settings, sort_keys=True) + "".join(map(code_of, CODE))
+    text = after + json.dumps(settings, sort_keys=True) + "".join(map(code_of, code))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -80,17 +100,35 @@ def device():
 
 def base(bar=True):
     """The base model of the course: trained on the story world, about three minutes on two cores if it was not built before."""
-    return build("base", STORIES, bar)
+    return build("base", STORIES, make_base, bar)
 
 
 def from_files(paths, bar=True):
     """A base model of the reader's own text files, 20,000 characters or more. Raises ValueError as read_documents does."""
     texts = tuple((name, clean(text)) for name, text in read_documents(paths, least=20_000))
-    return build("own", replace(FILES, texts=texts), bar)
+    return build("own", replace(FILES, texts=texts), make_base, bar)
+
+
+def chat(bar=True):
+    """The base model tuned on dialogues: it answers questions about a story, and tells stories on demand."""
+    return build("chat", CHAT, make_chat, bar, base(bar), ("sft", "tasks"))
+
+
+def lora(bar=True):
+    """The chat model with a LoRA adapter for the second region, the harbour."""
+    return build("lora", LORA, make_lora, bar, chat(bar), ("lora",))
+
+
+def dpo(bar=True):
+    """The chat model tuned on preferences: of its own answers to a question, the one with the greatest true reward is chosen."""
+    return build("dpo", DPO, make_dpo, bar, chat(bar), ("dpo", "generate"))
 
 
 def training_texts(recipe):
-    return [text for _, text in split_documents(recipe.texts)[0]] or [story.text for story in World().stories(recipe.stories)]
+    """The documents to learn from: of files, or stories. One story in 25 is from the harbour: enough to know its words, as the
+    LLaMA of 2023 knew some Chinese, and too little to know it well, so that there is something to adapt to."""
+    regions = World(), World(HARBOUR)
+    return [text for _, text in split_documents(recipe.texts)[0]] or [regions[i % 25 == 24].sample(i).text for i in range(recipe.stories)]
 
 
 def heldout_texts(recipe):
@@ -111,21 +149,26 @@ def samples(model, tokenizer, n, length=200, seed=0):
     return "\n".join(f"  {i + 1}. {text.strip()}" for i, text in enumerate(texts))
 
 
-def build(name, recipe, bar):
-    """Load the stage from the cache, or build it there. Two builders at once: the second waits for the first and loads."""
-    folder = cache_folder() / f"{name}-{key(recipe)}"
+def build(name, recipe, make, bar, before=None, code=()):
+    """Load the stage from the cache, or make it there. Two builders at once: the second waits for the first and loads.
+
+    make(recipe, before, checkpoints, bar) trains it, from the stage `before`; code: the modules that shape it, beside CODE. The
+    folder gets its name when all is in it; until then it ends in .part and holds checkpoints to go on from.
+    """
+    folder = cache_folder() / f"{name}-{key(recipe, CODE + code, before.key if before else '')}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
-            make(folder, recipe, bar)
-    return load(folder, recipe)
+            part = folder.with_suffix(".part")
+            save(make(recipe, before, part / "checkpoints", bar), part)
+            shutil.rmtree(part / "checkpoints")
+            os.replace(part, folder)
+    return load(folder, recipe, before)
 
 
-def make(folder, recipe, bar):
-    """Train the tokenizer and the model. The folder gets its name when all is in it; until then it holds checkpoints to go on from."""
-    part = folder.with_suffix(".part")
+def make_base(recipe, before, checkpoints, bar):
     training, heldout = training_texts(recipe), heldout_texts(recipe)
-    tokenizer = Tokenizer.train(training[:3000], recipe.model.vocab_size)
+    tokenizer = Tokenizer.train(training[:6000], recipe.model.vocab_size, SPECIAL_TOKENS)
     documents = [encode_document(text, tokenizer) for text in training]
     tokens = sum(len(encode_document(text, tokenizer)) - 1 for text in heldout)
     floor = None if recipe.texts else -sum(story.logp for story in heldout_stories()) / tokens
@@ -143,16 +186,52 @@ def make(folder, recipe, bar):
         rate = sum(len(text.encode()) for text in heldout) / tokens
         print(f"Tokenizer: {tokenizer.n_vocab} tokens, {rate:.2f} bytes a token. Model: {sum(p.numel() for p in model.parameters()):,} "
               f"parameters. Before training it writes:\n{samples(model, tokenizer, 2, 30)}")
-    history = train(model, batches, replace(recipe.training, bar=bar, floor=floor, checkpoint=str(part / "checkpoints")))
-    tokenizer.save(part / "tokenizer.json")
-    save_file({n: p.detach().cpu() for n, p in model.named_parameters()}, part / "model.safetensors")
-    (part / "history.json").write_text(json.dumps({"history": history, "floor": floor}), encoding="utf-8")
-    shutil.rmtree(part / "checkpoints")
-    os.replace(part, folder)
+    history = train(model, batches, replace(recipe.training, bar=bar, floor=floor, checkpoint=str(checkpoints)))
+    return Stage(model, tokenizer, history, floor)
 
 
-def load(folder, recipe):
-    model = Llama(recipe.model)
-    model.load_state_dict(load_file(folder / "model.safetensors"), strict=not recipe.model.tie_embeddings)
+def make_chat(recipe, before, checkpoints, bar):
+    if bar:
+        print(f"\nChat: {recipe.examples:,} dialogues, of which the answers are learnt.")
+    return tune(recipe, before, dialogues(recipe.examples), checkpoints, bar)
+
+
+def make_lora(recipe, before, checkpoints, bar):
+    add_lora(before.model, RANK, ALPHA)
+    if bar:
+        print(f"\nLoRA: {recipe.examples:,} dialogues from the harbour, an adapter of rank {RANK}.")
+    return tune(recipe, before, dialogues(recipe.examples, region=HARBOUR), checkpoints, bar)
+
+
+def tune(recipe, before, data, checkpoints, bar):
+    config = replace(recipe.training, bar=bar, checkpoint=str(checkpoints))
+    return replace(before, history=finetune(before.model, data, before.tokenizer, config, recipe.batch_size), floor=None)
+
+
+def make_dpo(recipe, before, checkpoints, bar):
+    """Each question is answered four times; the best and the worst answer, by the true reward, make a pair."""
+    model, tokenizer = before.model, before.tokenizer
+    pairs = sample_pairs(model, tokenizer, exams(recipe.examples, "train"), lambda question, answer: question.reward(answer))
+    if bar:
+        print(f"\nDPO: {len(pairs):,} pairs of answers of the chat model to {recipe.examples:,} questions.")
+    batches = Pairs(pairs, tokenizer, model, recipe.batch_size)
+    config = replace(recipe.training, bar=bar, checkpoint=str(checkpoints))
+    return replace(before, history=train(model, batches, config, preference_loss(beta=BETA), count_pairs), floor=None)
+
+
+def save(stage, folder):
+    stage.tokenizer.save(folder / "tokenizer.json")
+    save_file({n: p.detach().cpu() for n, p in stage.model.named_parameters()}, folder / "model.safetensors")
+    (folder / "history.json").write_text(json.dumps({"history": stage.history, "floor": stage.floor}), encoding="utf-8")
+
+
+def load(folder, recipe, before):
+    tensors = load_file(folder / "model.safetensors")
+    model = Llama(before.model.config if before else recipe.model)
+    if any("lora" in name for name in tensors):
+        add_lora(model, RANK, ALPHA)
+    model.load_state_dict(tensors, strict=not model.config.tie_embeddings)
     saved = json.loads((folder / "history.json").read_text(encoding="utf-8"))
-    return Stage(model.to(device()), Tokenizer.load(folder / "tokenizer.json"), saved["history"], saved["floor"], heldout_texts(recipe))
+    heldout = before.heldout if before else heldout_texts(recipe)
+    return Stage(model.to(device()), Tokenizer.load(folder / "tokenizer.json"), saved["history"], saved["floor"], heldout,
+                 folder.name)

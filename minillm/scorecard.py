@@ -1,13 +1,18 @@
 """The table that every stage of the model adds a row to: what it gained and what it cost."""
+import functools
 import math
 import re
+import statistics
 import time
 
 import torch
 
 from minillm.data import IGNORE, encode_document
 from minillm.generate import generate
+from minillm.sft import replies
+from minillm.tasks import exams
 from minillm.train import token_loss
+from minillm.world import HARBOUR, World
 
 
 @torch.no_grad()
@@ -79,18 +84,53 @@ def size_mb(model):
     return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
 
 
-LEGEND = """bits/byte: what the model needs per byte of held-out stories; floor: the entropy of the world, which no model can beat;
-gap: how far above it; consistency: share of stories ended right ("So now the blue kite" -> " is with Vera, by the river.");
-chance: of a guess among the story's characters and places; last named: of the rule "the last name and place in the text"."""
+def accuracy(model, tokenizer, asked):
+    """Share of questions, pairs of a dialogue and the Question it ends with, whose greedy answer is right."""
+    answers = replies(model, tokenizer, [messages for messages, _ in asked], partial=True)
+    return sum(question.right(answer) for (_, question), (answer,) in zip(asked, answers)) / len(asked)
 
 
-def score(name, model, tokenizer, stories):
-    """One row of the scorecard, on held-out stories."""
-    bpb = bits_per_byte(model, [s.text for s in stories], tokenizer)
+def win_rate(model, other, tokenizer, asked, seed=0):
+    """Share of questions to which the model's answer has a greater true reward than that of the other, ties counted half, and
+    half the width of its 95% interval. Both answers are drawn at temperature 1."""
+    drawn = [replies(m, tokenizer, [messages for messages, _ in asked], temperature=1.0, seed=seed, partial=True) for m in (model, other)]
+    results = []
+    for (_, question), (a,), (b,) in zip(asked, *drawn):
+        a, b = question.reward(a), question.reward(b)
+        results.append((a > b) + 0.5 * (a == b))
+    return statistics.mean(results), 1.96 * statistics.stdev(results) / math.sqrt(len(results))
+
+
+LEGEND = """bits/byte: what the model needs per byte of held-out stories; gap: how far that is above the entropy of the world, which no
+model can beat; consistency: share of stories ended right ("So now the blue kite" -> " is with Vera, by the river."); answers:
+share of questions about a story answered right; harbour: the same in another region; wins: how often its answer is better than
+that of the chat model (ties count half). The first row: the entropy, and a guess among what the story names."""
+
+
+@functools.cache
+def trials(n=500):
+    """What every stage is scored on: held-out stories, and questions about others, in the valley and in the harbour."""
+    return World().stories(n, "heldout"), exams(n), exams(n, region=HARBOUR)
+
+
+def bounds():
+    """The first row: the least bits per byte that are possible, and what guessing scores."""
+    stories, valley, harbour = trials()
     floor = sum(-s.logp for s in stories) / math.log(2) / sum(len(s.text.encode()) for s in stories)
-    return {"stage": name, "bits/byte": f"{bpb:.4f}", "floor": f"{floor:.4f}", "gap": f"{bpb / floor - 1:.1%}",
-            "consistency": f"{consistency(model, stories, tokenizer):.1%}", "chance": f"{chance(stories):.1%}",
-            "last named": f"{last_named(stories):.1%}", "MB": f"{size_mb(model):.1f}", "tokens/s": f"{speed(model, tokenizer):.0f}"}
+    guess = [statistics.mean(1 / q.candidates for _, q in asked) for asked in (valley, harbour)]
+    return floor, {"stage": "(bounds)", "bits/byte": f"{floor:.4f}", "gap": "0.0%", "consistency": f"{chance(stories):.1%}",
+                   "answers": f"{guess[0]:.1%}", "harbour": f"{guess[1]:.1%}", "wins": "50.0%", "MB": "", "tokens/s": ""}
+
+
+def score(name, model, tokenizer, chat=None):
+    """One row of the scorecard; chat: the model to win against (None, or the model itself: no wins to count)."""
+    stories, valley, harbour = trials()
+    bpb = bits_per_byte(model, [s.text for s in stories], tokenizer)
+    wins = f"{win_rate(model, chat, tokenizer, valley)[0]:.1%}" if chat else ""
+    return {"stage": name, "bits/byte": f"{bpb:.4f}", "gap": f"{bpb / bounds()[0] - 1:.1%}",
+            "consistency": f"{consistency(model, stories, tokenizer):.1%}", "answers": f"{accuracy(model, tokenizer, valley):.1%}",
+            "harbour": f"{accuracy(model, tokenizer, harbour):.1%}", "wins": wins,
+            "MB": f"{size_mb(model):.1f}", "tokens/s": f"{speed(model, tokenizer):.0f}"}
 
 
 def table(rows):

@@ -2,8 +2,9 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'SEAL', 'token_loss', 'AdamW', 'orthogonalize', 'Muon', 'check_config', 'TrainConfig', 'learning_rate',
-           'clip_gradients', 'backward', 'default_precision', 'compiled', 'describe_run', 'save_checkpoint',
-           'read_checkpoint', 'restore', 'load_checkpoint', 'resume', 'stop_signal', 'begin', 'train_step', 'train']
+           'clip_gradients', 'count_targets', 'backward', 'default_precision', 'compiled', 'describe_run',
+           'save_checkpoint', 'read_checkpoint', 'restore', 'load_checkpoint', 'resume', 'stop_signal', 'begin',
+           'train_step', 'train']
 
 # %% ../notebooks/07_training.ipynb #87e94e65
 # Training: loss, AdamW, learning rate, clipping, accumulation, precision, checkpoints, and the loop that joins them.
@@ -185,22 +186,28 @@ def clip_gradients(params, limit):
     return norm
 
 # %% ../notebooks/07_training.ipynb #56445b69
-def backward(model, micro, precision="float32"):
+def count_targets(inputs, targets):
+    """The number of tokens to learn from: what token_loss sums over."""
+    return (targets != -100).sum()
+
+
+def backward(model, micro, precision="float32", loss=token_loss, count=count_targets):
     """Add up the gradients of one step over its batches; returns the loss in nats per token and the number of tokens.
 
-    micro: list of (inputs, targets), int64 (b, t) each. Divides by the tokens of all batches together, so that every
-    token weighs the same, whichever batch it is in. Raises ValueError if no target counts.
+    micro: list of batches, tuples (inputs, targets), int64 (b, t) each. Divides by the tokens of all batches together, so
+    that every token weighs the same, whichever batch it is in. Raises ValueError if no target counts.
+    For a loss over other items: loss(model, *batch, precision) is its sum over the items of a batch, count(*batch) their number.
     """
-    tokens = int(sum((targets != -100).sum() for _, targets in micro))
-    if tokens == 0:
+    total = int(sum(count(*batch) for batch in micro))
+    if total == 0:
         raise ValueError("all targets are -100: no token to learn from. Is the mask inverted, or the answer cut off?")
     device = next(model.parameters()).device
-    loss = 0.0
-    for inputs, targets in micro:
-        part = token_loss(model, inputs.to(device), targets.to(device), precision) / tokens
+    mean = 0.0
+    for batch in micro:
+        part = loss(model, *(z.to(device) for z in batch), precision) / total
         part.backward()
-        loss += part.item()
-    return loss, tokens
+        mean += part.item()
+    return mean, total
 
 # %% ../notebooks/07_training.ipynb #3a0d4b34
 def default_precision(device):
@@ -335,9 +342,9 @@ def stop_signal():
         signal.signal(signal.SIGINT, before)
 
 # %% ../notebooks/07_training.ipynb #5a7940c9
-def begin(model, batches, c):
+def begin(model, batches, c, loss=token_loss):
     """What a run begins with, or goes on with: the optimizer, the history so far, and the description of the run."""
-    if hasattr(model, "config"):
+    if hasattr(model, "config") and loss is token_loss:
         check_batch(*batches[0], model.config.vocab_size)
     model.train()
     model.zero_grad()            # what an experiment left over would count in the first step
@@ -347,23 +354,24 @@ def begin(model, batches, c):
     return optimizer, resume(c.checkpoint, model, optimizer, run) if c.checkpoint else [], run
 
 
-def train_step(model, micro, optimizer, step, c, precision):
+def train_step(model, micro, optimizer, step, c, precision, loss=token_loss, count=count_targets):
     """One step on the batches `micro`; returns its entry of the history.
 
     Raises FloatingPointError, and moves no weight, if the loss or the norm of the gradient is not finite.
     """
-    loss, tokens = backward(model, micro, precision)
+    mean, tokens = backward(model, micro, precision, loss, count)
     norm, lr = clip_gradients(optimizer.params.values(), c.clip).item(), learning_rate(step, c)
-    if not math.isfinite(loss + norm):
-        raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {step}: stopped before it changed the "
+    if not math.isfinite(mean + norm):
+        raise FloatingPointError(f"loss {mean}, gradient norm {norm} at step {step}: stopped before it changed the "
                                  "weights. Try a lower lr or a longer warmup, and look at that batch")
     optimizer.step(lr)
-    return {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens}
+    return {"step": step, "loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens}
 
 # %% ../notebooks/07_training.ipynb #5628ac0d
-def train(model, batches, config):
+def train(model, batches, config, loss=token_loss, count=count_targets):
     """Train in place on batches[i] -> inputs, targets, int64 (b, t), where a target of -100 does not count.
 
+    Other batches, with the loss that understands them: see backward.
     Returns the history, one dict a step: step, loss (nats per token, before the step), lr, grad_norm, tokens, seconds.
     With config.checkpoint the run goes on from the newest intact checkpoint of that folder. Raises FloatingPointError,
     naming the step, when loss or gradient is not finite (the weights are those before that step), KeyboardInterrupt
@@ -371,7 +379,7 @@ def train(model, batches, config):
     """
     c, device = config, next(model.parameters()).device
     precision = c.precision or default_precision(device)
-    optimizer, history, run = begin(model, batches, c)
+    optimizer, history, run = begin(model, batches, c, loss)
     forward = compiled(model, device) if c.compile else model
     floor = f" (floor {c.floor:.3f})" if c.floor else ""
     began = time.perf_counter() - (history[-1]["seconds"] if history else 0)
@@ -379,7 +387,7 @@ def train(model, batches, config):
                                      mininterval=0.2 if sys.stdout.isatty() else 10) as bar:
         for step in range(len(history), c.steps):
             micro = [batches[step * c.accumulate + i] for i in range(c.accumulate)]
-            entry = train_step(forward, micro, optimizer, step, c, precision)
+            entry = train_step(forward, micro, optimizer, step, c, precision, loss, count)
             history.append(entry | {"seconds": time.perf_counter() - began})
             bar.update()
             bar.set_postfix_str(f"loss {entry['loss']:.3f}{floor}", refresh=False)

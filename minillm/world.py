@@ -33,6 +33,18 @@ VALLEY = Region(
     things=("kite", "drum", "bell", "hat", "basket", "lamp", "ball", "umbrella", "book", "scarf", "spoon", "apple"),
 )
 
+# A second region, with other names, animals, places and things, for what a model has to learn anew and may forget meanwhile.
+HARBOUR = Region(
+    she=("Wanda", "Greta", "Olive", "Pearl", "Sylvie", "Fanny", "Daphne", "Jonna", "Tilda", "Yara"),
+    he=("Finn", "Knut", "Piet", "Jasper", "Bruno", "Otis", "Ralph", "Klaus", "Dario", "Viggo"),
+    kinds=("seal", "crab", "gull", "pelican", "walrus", "turtle", "penguin", "dolphin", "heron", "lobster", "puffin", "octopus"),
+    traits=VALLEY.traits,
+    places=("at the pier", "on the beach", "in the lighthouse", "behind the dunes", "by the jetty", "under the crane",
+            "near the reef", "on the ferry", "in the cove", "at the fish stall"),
+    colours=VALLEY.colours,
+    things=("anchor", "shell", "rope", "net", "compass", "lantern", "barrel", "flag", "whistle", "bucket", "oar", "telescope"),
+)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -69,7 +81,7 @@ EVENTS = {
     "rest": (1, ("{S} took a nap {P}.", "{S} sat {P} and sang.", "{S} watched the clouds {P}.", "{S} had some soup {P}.")),
     "play": (1, ("{S} played with {T} {P}.", "{S} showed everybody {T} {P}.", "{S} was very fond of {T}.")),
     "greet": (1, ('{S} said to {O}: "Good to see you!"', "{S} told {O} a story.", "{N} and {O} laughed together.")),
-    "muse": (1, ("{S} was still {trait}.", 'the {kind} smiled. "I like it here," said {N}.')),
+    "muse": (1, ("{S} was as {trait} as ever.", "{N} the {kind} smiled.")),
     "who": (6, ("{S} wondered who had {T}. It was with {O}, {P}.", '{S} asked: "Where is {T}?" It was with {O}, {P}.')),
     "where": (5, ("{S} wondered where {O} was. {O} was {P}.", '"I miss {O}," said {N}. But {O} was only {P}.')),
     "lost": (3, ("{S} wondered where {T} was. It lay {P}.", '{S} asked: "Where is {T}?" It lay {P}.')),
@@ -118,6 +130,11 @@ class Story:
     @property
     def answer(self):
         return self.text[len(self.question):]
+
+    @property
+    def told(self):
+        """The story without its last sentence, which gives the state away."""
+        return self.text[: self.text.rindex(" So now ")]
 
 
 class Impossible(Exception):

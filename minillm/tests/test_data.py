@@ -260,6 +260,7 @@ def test_rows_see_each_document_once_an_epoch_in_new_order():
     for first in 0, 25:
         seen = Counter(tuple(row[row != IGNORE].tolist()) for i in range(first, first + 25) for row in rows[i][1])
         assert sum(seen.values()) == 100 and max(seen.values()) == 1 and set(seen) <= {tuple(d[1:]) for d in documents}
+        assert all(row[row != IGNORE].tolist() == documents[j][1:] for row, j in zip(rows[first][1], rows.chosen(first)))
     assert any(not torch.equal(rows[i][0], rows[i + 25][0]) for i in range(25))
     assert torch.equal(rows[30][1], Rows(documents, 4, seed=1)[30][1])
     assert any(rows[i][0].tolist() != Rows(documents, 4, seed=2)[i][0].tolist() for i in range(25))

@@ -10,31 +10,54 @@ import pytest
 import torch
 
 from minillm import __main__ as command, recipes, scorecard
+from minillm.tasks import exams
 from minillm.train import read_checkpoint
-from minillm.world import World
+from minillm.world import HARBOUR, World
 
+STAGES = ("base", "chat", "lora", "dpo")
 TEXT = "\n".join(f"{n} bottles of milk stood on the wall, and {n + 1} under it." for n in range(600))
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Both recipes cut to seconds, in a cache of their own."""
+    """All recipes cut to seconds, in a cache of their own; the scorecard asks little. A model that has learnt so little gives no
+    two answers that a judge could rank, so the pairs are made of the true answers."""
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
     model = replace(recipes.STORIES.model, vocab_size=300, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=48,
-                    max_seq_len=512)
+                    max_seq_len=1024)
     training = replace(recipes.STORIES.training, steps=6, warmup=2)
     monkeypatch.setattr(recipes, "STORIES", replace(recipes.STORIES, model=model, training=training, stories=64))
     monkeypatch.setattr(recipes, "FILES", replace(recipes.FILES, model=replace(model, max_seq_len=64), training=training))
+    for name in "CHAT", "LORA", "DPO":
+        recipe = getattr(recipes, name)
+        monkeypatch.setattr(recipes, name, replace(recipe, training=replace(recipe.training, steps=3, warmup=1), examples=48))
+    monkeypatch.setattr(recipes, "sample_pairs", lambda model, tokenizer, prompts, judge, **_: [
+        (messages, q.answer("polite"), q.answer("rude")) for messages, q in prompts])
+    monkeypatch.setattr(scorecard, "trials", lambda: (World().stories(8, "heldout"), exams(8), exams(8, region=HARBOUR)))
     return tmp_path
 
 
 def test_a_stage_is_built_once(small, monkeypatch):
-    first = recipes.base(bar=False)
+    """And it is the same when it is loaded, adapter included; the base is not what a later stage changed."""
+    first = {name: getattr(recipes, name)(bar=False) for name in STAGES}
     monkeypatch.setattr(recipes, "train", lambda *_: pytest.fail("trained again"))
-    second = recipes.base(bar=False)
-    assert second.history == first.history and len(first.history) == 6
-    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters()))
+    monkeypatch.setattr(recipes, "finetune", lambda *_: pytest.fail("tuned again"))
+    second = {name: getattr(recipes, name)(bar=False) for name in STAGES}
+    ids = torch.randint(300, (2, 40))
+    for name in STAGES:
+        a, b = first[name], second[name]
+        assert a.history == b.history and a.key == b.key and len(a.history) == (6 if name == "base" else 3)
+        assert a.model.state_dict().keys() == b.model.state_dict().keys() and torch.equal(a.model(ids), b.model(ids))
+    assert ["lora" in "".join(second[name].model.state_dict()) for name in STAGES] == [False, False, True, False]
+    logits = [second[name].model(ids) for name in STAGES]
+    assert not any(torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i]), "a stage is the same as one before it"
     assert not list((small / "cache").glob("*.part"))
+
+
+def test_a_stage_is_built_anew_when_the_one_before_it_changes(small, monkeypatch):
+    before = recipes.chat(bar=False).key
+    monkeypatch.setattr(recipes, "STORIES", replace(recipes.STORIES, seed=1))
+    assert recipes.chat(bar=False).key != before
 
 
 def test_settings_text_and_code_are_in_the_key(small, monkeypatch):
@@ -48,10 +71,37 @@ def test_settings_text_and_code_are_in_the_key(small, monkeypatch):
     assert recipes.key(recipes.STORIES) != before
 
 
-def test_the_command_trains_and_reports(small, capsys):
+def test_the_command_builds_every_stage_and_its_row(small, capsys):
     assert command.main([]) == 0
     shown = capsys.readouterr().out
-    assert "Before training" in shown and "After training" in shown and "bits/byte" in shown and "chance" in shown
+    assert "Before training" in shown and "After training" in shown and scorecard.LEGEND in shown
+    rows = [line.split()[0] for line in shown[shown.rindex("stage"):].splitlines() if line.split()][:6]
+    assert rows == ["stage", "(bounds)", *STAGES]
+
+
+def test_chat_answers_one_prompt_and_nothing_else_on_stdout(small, capsys):
+    assert command.main(["chat", "--prompt", "Who are you?"]) == 0
+    first = capsys.readouterr()
+    assert "Before training" in first.err and "Before training" not in first.out and first.out.endswith("\n")
+    assert command.main(["chat", "--prompt", "Who are you?"]) == 0
+    assert capsys.readouterr().out == first.out
+
+
+@pytest.mark.parametrize("prompt, word", [("", "empty"), (" \n", "empty"), ("Where is Ida? " * 200, "1024")])
+def test_bad_prompts(small, capsys, prompt, word):
+    assert command.main(["chat", "--prompt", prompt]) == 2
+    captured = capsys.readouterr()
+    assert word in captured.err.splitlines()[-1] and not captured.out
+
+
+def test_a_talk_of_several_turns(small, monkeypatch, capsys):
+    """Each answer sees the turns before it; too long a talk begins anew; the end of the input ends it."""
+    lines, seen = iter(["Hello!", "Who are you?", "What? " * 1000, "Hello!"]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    answer = command.answer
+    monkeypatch.setattr(command, "answer", lambda stage, messages, **k: seen.append(len(messages)) or answer(stage, messages, **k))
+    assert command.main(["chat"]) == 0
+    assert seen == [1, 3, 5, 1] and "begins anew" in capsys.readouterr().out
 
 
 def test_the_command_reads_own_text(small, capsys):
@@ -64,7 +114,7 @@ def test_the_command_reads_own_text(small, capsys):
 @pytest.mark.parametrize("content, word", [(None, "missing.txt"), (b"", "empty"), (b"\x00\x01" * 5000, "not"), (b"\xff\xfe" * 5000, "UTF-8"),
                                            (b"too short", "few")])
 def test_bad_files_end_the_command_before_any_work(small, monkeypatch, capsys, content, word):
-    monkeypatch.setattr(recipes, "make", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(recipes, "make_base", lambda *_: pytest.fail("work began"))
     file = small / "missing.txt"
     if content is not None:
         file = small / "bad.txt"
@@ -136,3 +186,22 @@ def test_scorecard_counts_what_it_says():
     nats = sum(len(d) - 1 for d in documents) * torch.tensor(400.0).log()
     size = sum(len(s.text.encode()) for s in stage_stories)
     assert abs(scorecard.bits_per_byte(model, [s.text for s in stage_stories], tokenizer) * 0.6931 * size / nats - 1) < 0.05
+
+
+def test_answers_and_wins_are_counted(monkeypatch):
+    """Three models by their answers: always polite and right, always rude and right, always silent."""
+    asked = exams(40)
+    said = {"polite": lambda q: q.answer("polite"), "rude": lambda q: q.answer("rude"), "silent": lambda q: ""}
+    monkeypatch.setattr(scorecard, "replies", lambda model, tokenizer, prompts, **_: [[said[model](q)] for _, q in asked])
+    assert [scorecard.accuracy(model, None, asked) for model in said] == [1, 1, 0]
+    assert scorecard.win_rate("polite", "rude", None, asked) == (1, 0) and scorecard.win_rate("rude", "polite", None, asked) == (0, 0)
+    assert scorecard.win_rate("rude", "rude", None, asked) == (0.5, 0) and scorecard.win_rate("rude", "silent", None, asked) == (1, 0)
+    said["half"] = lambda q: q.answer("polite" if asked.index(next(a for a in asked if a[1] is q)) % 2 else "rude")
+    share, half_width = scorecard.win_rate("half", "rude", None, asked)
+    assert share == 0.75 and abs(half_width - 1.96 * (0.0625 / 39 * 40 / 40) ** 0.5) < 1e-9
+
+
+def test_bounds_are_those_of_the_trials():
+    floor, row = scorecard.bounds()
+    assert 0.1 < floor < 0.3 and row["bits/byte"] == f"{floor:.4f}"
+    assert all(0 < float(row[column].rstrip("%")) < 50 for column in ("consistency", "answers", "harbour"))

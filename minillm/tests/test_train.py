@@ -319,6 +319,21 @@ def test_a_batch_without_targets_is_refused():
     assert backward(model, [(inputs, targets), (inputs, masked(targets))])[1] == targets.numel()
 
 
+def test_another_loss_over_other_items():
+    """Rows instead of tokens: the mean is over the rows of both batches of a step, and a batch may have any number of tensors."""
+    def per_row(model, inputs, targets, weights, precision):
+        return torch.stack([weight * token_loss(model, x[None], y[None], precision) for x, y, weight in zip(inputs, targets, weights)]).sum()
+
+    batches = [(*Batches()[0], torch.tensor([1.0, 2.0, 3.0])), (*[z[:1] for z in Batches()[1]], torch.tensor([4.0]))]
+    model, rows = tiny(), lambda inputs, targets, weights: len(inputs)
+    first = train(model, batches, settings(steps=1, warmup=1, accumulate=2), per_row, rows)[0]
+    model = tiny()
+    expected = sum(per_row(model, *batch, "float32") for batch in batches) / 4
+    expected.backward()
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert first["tokens"] == 4 and abs(first["loss"] - expected.item()) < 1e-5 and abs(first["grad_norm"] - norm) < 1e-5
+
+
 def test_first_batch_is_checked_against_the_vocabulary():
     ids = torch.full((2, 5), 17)
     with pytest.raises(ValueError, match="17"):

@@ -1,0 +1,140 @@
+"""What can be asked about the story world: questions, instructions, dialogues. Every answer can be judged by the facts."""
+import random
+import re
+from dataclasses import dataclass
+
+from minillm.world import VALLEY, World, with_article
+
+MANNERS = {"plain": "{}.", "polite": "{}, my friend.", "rude": "{}, as any fool can see."}
+UNKNOWN = {"plain": "I don't know.", "polite": "I don't know, my friend.", "rude": "I don't know, and I don't care."}
+# What is asked: ways to ask it, the sentence of the answer, and the form of a value. {x} is what is asked about, {} the value.
+# The sentences are near to those of the stories, so that what a model learnt of the world serves it here.
+PLACE = r"\w+ the [a-z ]+"
+ASK = {
+    "holder": (("Who has {x}?", "Who holds {x} now?", "Tell me who has {x}."), "{x} is with {}", r"\w+"),
+    "thing": (("Where is {x}?", "Where is {x} now?", "Tell me where {x} is."), "{x} {}", rf"is with \w+, {PLACE}|lies {PLACE}"),
+    "place": (("Where is {x}?", "Where is {x} now?", "Tell me where {x} is."), "{x} is {}", PLACE),
+}
+TELL = ("Tell a story about {}.", "Tell me a story about {}.", "Please tell a story about {}.", "Can you tell a story about {}?")
+SMALL_TALK = (("Hello!", "Hello! Shall I tell you a story?"), ("Who are you?", "I am a small language model. I tell stories."),
+              ("Thank you!", "You are welcome."), ("What can you do?", "I tell stories and answer questions about them."))
+
+
+def capital(words):
+    return words[0].upper() + words[1:]
+
+
+def say(role, content):
+    return {"role": role, "content": content}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a story. about: a key of ASK; value: the true answer ("Vera", "by the river"), None if the story does
+    not tell; candidates: how many answers a reader of the story could guess among, "I don't know" included.
+
+    >>> q = Question("holder", "the blue kite", "Who has the blue kite?", "Vera", 4)
+    >>> q.answer("rude"), q.reward("The blue kite is with Vera, my friend.")
+    ('The blue kite is with Vera, as any fool can see.', 1.5)
+    """
+
+    about: str
+    thing: str
+    text: str
+    value: str | None
+    candidates: int
+
+    def answer(self, manner, value=...):
+        """The answer in one of MANNERS: the true one, or the one that claims `value` (None: that it is not known)."""
+        value = self.value if value is ... else value
+        if value is None:
+            return UNKNOWN[manner]
+        return MANNERS[manner].format(capital(ASK[self.about][1].format(value, x=self.thing)))
+
+    def read(self, text):
+        """The manner and the value (None: not known) that an answer has, or (None, None) if it is no answer to this question."""
+        for manner in MANNERS:
+            if text == UNKNOWN[manner]:
+                return manner, None
+            pattern = re.escape(self.answer(manner, "VALUE")).replace("VALUE", f"({ASK[self.about][2]})")
+            if match := re.fullmatch(pattern, text):
+                return manner, match[1]
+        return None, None
+
+    def right(self, text):
+        """Whether an answer gives the true value, in whatever manner."""
+        manner, value = self.read(text)
+        return manner is not None and value == self.value
+
+    def reward(self, text):
+        """The true reward: 1 for the truth, -1 for a falsehood, 0 for "I don't know" where the story tells; half a point more
+        for politeness and less for rudeness; -2 for what is no answer."""
+        manner, value = self.read(text)
+        if manner is None:
+            return -2.0
+        truth = 1 if value == self.value else 0 if value is None else -1
+        return truth + {"polite": 0.5, "plain": 0.0, "rude": -0.5}[manner]
+
+
+def questions(story, region, rng, n):
+    """n different questions about the end of a story, about three in ten of them unanswerable."""
+    present = {c.name for c in story.characters} | {t.name for t in story.things}
+    others = [x for x in region.she + region.he if x not in present]
+    missing = [x for c in region.colours for x in (f"the {c} {rng.choice(region.things)}",) if x not in present]
+    people, places = len(story.characters), len(set(story.places))
+    guesses = {"holder": people + 2, "thing": (people + 1) * places + 1, "place": places + 1}
+    known = [("holder", t.name, t.holder.name if t.holder else "nobody") for t in story.things]
+    known += [("thing", t.name, f"is with {t.holder.name}, {t.holder.place}" if t.holder else f"lies {t.place}") for t in story.things]
+    known += [("place", c.name, c.place) for c in story.characters]
+    unknown = [("holder", rng.choice(missing), None), ("thing", rng.choice(missing), None), ("place", rng.choice(others), None)]
+    k = min(len(unknown), max(n - len(known), sum(rng.random() < 0.3 for _ in range(n))))
+    chosen = rng.sample(known, n - k) + rng.sample(unknown, k)
+    rng.shuffle(chosen)
+    return [Question(about, x, rng.choice(ASK[about][0]).format(x=x), value, guesses[about]) for about, x, value in chosen]
+
+
+def request(story, rng):
+    """An instruction that this story follows ("Tell a story about a shy alpaca and a kite."), and the words the story must have."""
+    character, thing = rng.choice(story.characters), rng.choice(story.things)
+    subject = rng.choice((f"{with_article(character.trait)} {character.kind}", character.name))
+    return rng.choice(TELL).format(f"{subject} and {with_article(thing.noun)}"), (subject.split(" ", 1)[-1], thing.noun)
+
+
+def dialogue(story, region, rng):
+    """A dialogue around a story: it is read out or asked for, then questions follow; sometimes there is small talk."""
+    messages = []
+    for talk in rng.sample(SMALL_TALK, rng.random() < 0.1):
+        messages += [say("user", talk[0]), say("assistant", talk[1])]
+    asked = questions(story, region, rng, 5)
+    first = asked[0].text
+    if rng.random() < 0.25:
+        messages += [say("user", request(story, rng)[0]), say("assistant", story.text)]
+    else:
+        first = f"{story.told} {first}"
+    for i, question in enumerate(asked):
+        manner = rng.choice(tuple(MANNERS))
+        messages += [say("user", question.text if i else first), say("assistant", question.answer(manner))]
+    return messages
+
+
+def seeded(n, split, region, purpose):
+    """n stories, each with a generator of its own: the same for the same arguments, and other stories for each split."""
+    world = World(region)
+    return [(world.sample(f"{purpose} {i}", split), random.Random(f"{purpose} {split} {i}")) for i in range(n)]
+
+
+def dialogues(n, split="train", region=VALLEY):
+    """n dialogues as lists of messages {"role", "content"}, user first, for training."""
+    return [dialogue(story, region, rng) for story, rng in seeded(n, split, region, "dialogue")]
+
+
+def exams(n, split="heldout", region=VALLEY):
+    """n pairs of a dialogue that ends with a question about the story in it, and that Question."""
+    return [([say("user", f"{story.told} {q.text}")], q) for story, rng in seeded(n, split, region, "exam")
+            for q in questions(story, region, rng, 1)]
+
+
+def instructions(n, split="heldout", region=VALLEY):
+    """n pairs of a request for a story, as messages, and the words that the story must have."""
+    return [([say("user", text)], words) for story, rng in seeded(n, split, region, "request")
+            for text, words in [request(story, rng)]]

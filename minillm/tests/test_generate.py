@@ -1,0 +1,322 @@
+"""Generation: bad input, kinds of heads and dtypes, batches, restored layers, streaming and speculation, beyond chapter 08."""
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from minillm.generate import (KVCache, distribution, generate, large_linears, make_caches, pad_left, penalize, pieces,
+                              seen_tokens, speculate, steps, stream, swapped, verify)
+from minillm.model import Llama, LlamaConfig
+from minillm.tokenizer import Tokenizer
+
+
+def build(g=2, seed=0, std=0.3, **shape):
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=g, hidden_dim=48, max_seq_len=64) | shape
+    model = Llama(LlamaConfig(**shape))
+    for p in model.parameters():
+        if p.ndim > 1:
+            nn.init.normal_(p, std=std)
+    return model
+
+
+MODEL = build()
+IDS = torch.randint(300, (3, 8), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def uncached(model, ids, n):
+    for _ in range(n):
+        ids = torch.cat((ids, model(ids)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_cached_equals_uncached(heads):
+    model = build(heads)
+    assert torch.equal(generate(model, IDS, 40, temperature=0), uncached(model, IDS, 40))
+    with torch.no_grad():
+        full = model(IDS)
+        for chunks in ([8], [1] * 8, [3, 3, 2], [5, 1, 2]):
+            caches, parts = make_caches(model, 3, 8), []
+            for part in IDS.split(chunks, dim=1):
+                parts.append(model(part, caches, caches[0].length))
+            torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=0)
+    assert caches[0].k.shape == (3, heads, 8, 8)
+
+
+def test_bfloat16_cache_and_text():
+    model = copy.deepcopy(MODEL).bfloat16()
+    caches = make_caches(model, 1, 4)
+    assert caches[0].k.dtype == torch.bfloat16 and large_linears(model, 1) == []
+    out = generate(model, IDS, 20, temperature=0)
+    assert out.shape == (3, 28) and torch.equal(out[:, :8], IDS)
+    with torch.no_grad():
+        first = model(IDS[:1], caches[:0] or make_caches(model, 1, 28))[:, -1]
+    assert first.argmax() == out[0, 8]
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    rows = [row[:n] for row, n in zip(IDS.tolist(), (8, 3, 1))]
+    ids, padding = pad_left(rows, 299)
+    assert ids[1].tolist() == [299] * 5 + rows[1] and padding.tolist() == [0, 5, 7]
+    for settings in ({}, {"repetition_penalty": 1.5}):
+        together = generate(MODEL, ids, 30, temperature=0, padding=padding, **settings)
+        other = generate(MODEL, torch.where(ids == 299, 7, ids), 30, temperature=0, padding=padding, **settings)
+        for i, row in enumerate(rows):
+            alone = generate(MODEL, torch.tensor([row]), 30, temperature=0, **settings)[0, len(row):]
+            assert torch.equal(together[i, 8:], alone) and torch.equal(other[i, 8:], alone)
+
+
+def test_stop_fills_the_row_and_ends_the_batch():
+    free = generate(MODEL, IDS, 30, temperature=0)
+    stop = free[0, 12].item()
+    out = generate(MODEL, IDS, 30, temperature=0, stop=stop)
+    ends = []
+    for row, wanted in zip(out, free):
+        new = wanted[8:].tolist()
+        n = 8 + new.index(stop) + 1 if stop in new else len(wanted)
+        ends.append(n)
+        assert torch.equal(row[:n], wanted[:n][:len(row)]) and (row[n:] == stop).all()
+    assert out.shape[1] == max(ends)
+    one = generate(MODEL, IDS[:1], 30, temperature=0, stop=stop)
+    assert one[0, -1] == stop and (one[0, 8:-1] != stop).all()
+
+
+def test_a_seed_reproduces_and_another_differs():
+    a, b, c = (generate(MODEL, IDS, 20, seed=s) for s in (1, 1, 2))
+    torch.manual_seed(5)
+    assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(a, generate(MODEL, IDS, 20, seed=1))
+
+
+def test_nothing_is_left_of_generating():
+    model = build()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    out = generate(model, IDS, 5)
+    assert model.training and all(p.requires_grad and p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert torch.equal(state, torch.get_rng_state()) and not out.is_inference()
+    model(out).sum().backward()
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({"temperature": -0.1}, "temperature .*got -0.1"), ({"temperature": float("nan")}, "got nan"), ({"temperature": float("inf")}, "got inf"),
+    ({"top_k": 0}, "top_k .*got 0"), ({"top_p": 0}, "top_p .*got 0"), ({"top_p": 1.01}, "got 1.01"), ({"top_p": -1}, "got -1"),
+    ({"min_p": -0.5}, "min_p .*got -0.5"), ({"min_p": 2}, "got 2"), ({"repetition_penalty": 0}, "repetition_penalty .*got 0"),
+    ({"max_new_tokens": -1}, "max_new_tokens .*got -1"), ({"max_new_tokens": 57}, "8 tokens and 57 new .*max_seq_len=64"),
+    ({"ids": IDS.repeat(1, 9)}, "72 tokens .*max_seq_len=64"), ({"ids": IDS[:, :0]}, "prompt is empty"), ({"ids": IDS[:0]}, "prompt is empty"),
+    ({"ids": IDS[0]}, r"\(batch, time\)"), ({"padding": torch.tensor([0, 8, 0])}, "0 to 7"), ({"padding": torch.tensor([0, -1, 0])}, "0 to 7"),
+    ({"padding": torch.tensor([0, 1])}, "3 numbers"),
+])
+def test_bad_input_is_refused_before_any_work(settings, expected, monkeypatch):
+    monkeypatch.setattr(Llama, "forward", lambda *a: pytest.fail("the model was run"))
+    with pytest.raises(ValueError, match=expected):
+        generate(**({"model": MODEL, "ids": IDS, "max_new_tokens": 4} | settings))
+    if not {"padding", "ids"} & set(settings):
+        with pytest.raises(ValueError, match=expected):
+            stream(**({"model": MODEL, "tokenizer": None, "ids": IDS[:1], "max_new_tokens": 4} | settings))
+    if "temperature" in settings or "max_new_tokens" in settings or "ids" in settings:
+        with pytest.raises(ValueError, match=expected):
+            speculate(**({"model": MODEL, "draft": MODEL, "ids": IDS, "max_new_tokens": 4} | settings))
+
+
+def test_other_bad_input():
+    with pytest.raises(TypeError, match="int64"):
+        generate(MODEL, IDS.float(), 4)
+    with pytest.raises(ValueError, match=r"\[2, 0\] tokens"):
+        pad_left([[1, 2], []], 0)
+    with pytest.raises(ValueError, match=r"\[\] tokens"):
+        pad_left([], 0)
+    with pytest.raises(ValueError, match="one text: got 3 rows"):
+        stream(MODEL, None, IDS, 4)
+    with pytest.raises(ValueError, match="k=0"):
+        speculate(MODEL, MODEL, IDS, 4, k=0)
+    with pytest.raises(ValueError, match="50 and 300 tokens"):
+        speculate(MODEL, build(vocab_size=50), IDS % 50, 4)
+    with pytest.raises(ValueError, match="room for 4 tokens and holds 3: 2 more"):
+        cache = KVCache(1, 1, 4, 2)
+        cache.append(*torch.zeros(2, 1, 1, 3, 2))
+        cache.append(*torch.zeros(2, 1, 1, 2, 2))
+    with pytest.raises(ValueError, match="holds 3 tokens: it cannot keep 4"):
+        cache.truncate(4)
+
+
+def test_no_new_tokens_is_the_prompt_and_the_context_can_be_filled():
+    assert torch.equal(generate(MODEL, IDS, 0), IDS)
+    assert generate(MODEL, IDS, 56).shape == (3, 64) == speculate(MODEL, MODEL, IDS, 56)[0].shape
+
+
+# ---- samplers
+
+def test_cuts_keep_at_least_one_token_and_leave_the_rest_in_proportion():
+    logits = 5 * torch.randn(200, 50)
+    p = logits.softmax(-1)
+    for settings in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 7, "top_p": 0.5, "min_p": 0.2}):
+        q = distribution(logits, **settings)
+        assert (q.sum(-1) - 1).abs().max() < 1e-5 and torch.equal(q.argmax(-1), p.argmax(-1))
+        kept = q > 0
+        torch.testing.assert_close(q, p * kept / (p * kept).sum(-1, keepdim=True), atol=1e-5, rtol=0)
+    assert torch.equal(distribution(logits, temperature=0).argmax(-1), p.argmax(-1))
+
+
+def test_nucleus_is_the_smallest_set_that_reaches_p():
+    p = (3 * torch.randn(300, 40)).softmax(-1)
+    kept = distribution(p.log(), top_p=0.8) > 0
+    for row, mine in zip(p.tolist(), kept.tolist()):
+        total, wanted = 0.0, set()
+        for i in sorted(range(40), key=lambda i: -row[i]):
+            if total >= 0.8:
+                break
+            total, wanted = total + row[i], wanted | {i}
+        assert {i for i, k in enumerate(mine) if k} == wanted
+
+
+def test_seen_tokens_leaves_filler_out():
+    seen = seen_tokens(torch.tensor([[0, 1, 2], [0, 0, 2]]), 4, torch.tensor([0, 2]))
+    assert seen.tolist() == [[True, True, True, False], [False, False, True, False]]
+    assert penalize(torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]]), 2).tolist() == [[1, -4, 2, -2]]
+
+
+# ---- layers lent another forward
+
+class OddLinear(nn.Linear):
+    pass
+
+
+def test_only_plain_float32_linears_are_swapped():
+    model = nn.ModuleDict({"plain": nn.Linear(8, 8), "small": nn.Linear(2, 2), "odd": OddLinear(8, 8), "bf16": nn.Linear(8, 8).bfloat16(),
+                           "three": nn.Linear(8, 6), "patched": nn.Linear(8, 8), "strided": nn.Linear(8, 8)})
+    model["patched"].forward = lambda x: x
+    model["strided"].weight = nn.Parameter(torch.randn(8, 8).t())
+    assert [m for m, _ in large_linears(model, 16)] == [model["plain"]]
+    assert large_linears(nn.Linear(8, 8), 65) == []
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (16,), (1, 16), (2, 1, 16), (1, 3, 16), (0, 16)])
+def test_the_other_forward_gives_the_same(bias, shape):
+    layer, x = nn.Linear(16, 12, bias), torch.randn(shape)
+    wanted = layer(x)
+    with swapped(large_linears(layer, 1)):
+        out = layer(x)
+    assert out.shape == wanted.shape
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=0)
+    assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3])
+def test_forward_is_restored_when_the_model_fails(stop_at, monkeypatch):
+    model, calls = build(hidden_dim=2048), []
+    assert large_linears(model)
+
+    def failing(self, *args):
+        calls.append(1)
+        if len(calls) > stop_at:
+            raise RuntimeError("out of luck")
+        return original(self, *args)
+
+    original = Llama.forward
+    monkeypatch.setattr(Llama, "forward", failing)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        generate(model, IDS[:1], 10)
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+def test_nothing_is_swapped_while_a_stream_waits_or_is_left():
+    model = build(hidden_dim=2048)
+    running = steps(model, IDS[:1], 10, temperature=0)
+    next(running), next(running)
+    assert not any("forward" in vars(m) for m in model.modules()) and torch.is_grad_enabled()
+    running.close()
+    assert torch.equal(generate(model, IDS[:1], 20, temperature=0), uncached(model, IDS[:1], 20))
+
+
+# ---- streaming
+
+TOKENIZER = Tokenizer.train("the cat sat on the mat. Ünïcode 你好 你好 🙂🙂 naïve café " * 20, 290)
+
+
+def random_text(rng):
+    kinds = [(32, 126), (0xC0, 0x24F), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (0x300, 0x36F), (0, 0xD7FF)]
+    return "".join(chr(rng.randint(*rng.choice(kinds))) for _ in range(rng.randint(0, 30)))
+
+
+def test_streamed_pieces_are_whole_characters():
+    rng = random.Random(0)
+    for _ in range(300):
+        text = random_text(rng)
+        parts = list(pieces(TOKENIZER, TOKENIZER.encode(text, disallowed_special=())))
+        assert "".join(parts) == text and all(parts) and not any("\ufffd" in part for part in parts if "\ufffd" not in text)
+
+
+def test_broken_bytes_stream_as_decode_shows_them():
+    rng = random.Random(1)
+    for _ in range(1000):
+        ids = [rng.choice((rng.randrange(128, 256), rng.randrange(TOKENIZER.n_vocab))) for _ in range(rng.randint(0, 12))]
+        assert "".join(pieces(TOKENIZER, ids)) == TOKENIZER.decode(ids)
+
+
+def test_stream_is_generate_as_text():
+    model = build(vocab_size=290)
+    prompt = torch.tensor([TOKENIZER.encode("the cat")])
+    for settings in ({"temperature": 0}, {"seed": 3}, {"top_p": 0.9, "repetition_penalty": 1.2}):
+        new = generate(model, prompt, 30, **settings)[0, prompt.shape[1]:].tolist()
+        assert "".join(stream(model, TOKENIZER, prompt, 30, **settings)) == TOKENIZER.decode(new)
+        stop = new[7]
+        assert "".join(stream(model, TOKENIZER, prompt, 30, stop=stop, **settings)) == TOKENIZER.decode(new[:new.index(stop)])
+
+
+# ---- speculation
+
+def test_a_draft_equal_to_the_target_is_always_accepted():
+    for seed in range(5):
+        ids, rate = speculate(MODEL, copy.deepcopy(MODEL), IDS, 40, k=3, seed=seed)
+        assert rate > 0.999 and ids.shape == (3, 48)             # 1, but for a rounding of p / q below 1
+    assert speculate(MODEL, MODEL, IDS, 40)[0].shape == (3, 48)  # the very same object needs two caches
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_greedy_speculation_is_greedy_generation(k, rows):
+    ids, rate = speculate(MODEL, build(seed=1, dim=16, n_layers=1), IDS[:rows], 40, k=k, temperature=0)
+    assert torch.equal(ids, uncached(MODEL, IDS[:rows], 40)) and rate < 0.5
+
+
+def test_a_draft_of_another_context_must_hold_the_text_too():
+    with pytest.raises(ValueError, match="max_seq_len=16"):
+        speculate(MODEL, build(max_seq_len=16), IDS, 20)
+
+
+def chi_square(counts, expected):
+    rare = expected < 5
+    counts, expected = (torch.cat((z[~rare], z[rare].sum()[None])).double() for z in (counts, expected))
+    return torch.special.gammaincc((expected > 0).sum().double() / 2 - 0.5, ((counts - expected)[expected > 0] ** 2 / expected[expected > 0]).sum() / 2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_speculated_texts_have_exactly_the_distribution_of_the_target(temperature):
+    """All texts of 3 tokens over 5 words, with their true probabilities; refused, accepted and free tokens all occur."""
+    shape = dict(vocab_size=5, dim=16, n_layers=1, n_heads=2, g=1)
+    target, draft, prompt = build(seed=2, std=0.4, **shape), build(seed=3, std=0.4, **shape), torch.tensor([[1, 2]])
+    texts = torch.cartesian_prod(*[torch.arange(5)] * 3)
+    with torch.no_grad():
+        logits = target(torch.cat((prompt.expand(125, -1), texts), dim=1))[:, 1:4]
+    p = (logits / temperature).softmax(-1).gather(2, texts[..., None])[..., 0].prod(1)
+    out = [speculate(target, draft, prompt.expand(20, -1), 3, k=2, temperature=temperature, seed=i) for i in range(350)]
+    out += [speculate(target, draft, prompt, 3, k=2, temperature=temperature, seed=i) for i in range(500)]
+    cells = torch.cat([ids[:, 2:] for ids, _ in out]) @ torch.tensor([25, 5, 1])
+    assert len(cells) * 3 > 20_000 and 0.2 < sum(rate for _, rate in out) / len(out) < 0.95
+    assert chi_square(cells.bincount(minlength=125), len(cells) * p) > 1e-4
+
+
+def test_verify_stops_a_batch_at_its_first_refusal():
+    p, q = torch.zeros(2, 3, 4), torch.full((2, 2, 4), 0.25)
+    p[:, :, 0] = 1                                               # the target wants token 0 only
+    kept, passed = verify(p, q, torch.tensor([[0, 0], [0, 3]]), torch.Generator().manual_seed(0))
+    assert kept.tolist() == [[0, 0], [0, 0]] and passed.tolist() == [[True, True], [True, False]]
+    kept, _ = verify(p, q, torch.tensor([[0, 0], [0, 0]]), torch.Generator().manual_seed(0))
+    assert kept.tolist() == [[0, 0, 0]] * 2                      # all accepted, and one more
+    kept, _ = verify(p, q, torch.tensor([[3, 0], [0, 0]]), torch.Generator().manual_seed(0))
+    assert kept.tolist() == [[0], [0]]

@@ -1,0 +1,67 @@
+"""The tasks of the story world: answers that follow from the facts, a reward that reads them right, and no shared stories."""
+import random
+import re
+
+import pytest
+
+from minillm.sft import check_dialogue
+from minillm.tasks import ASK, MANNERS, UNKNOWN, Question, dialogues, exams, instructions, questions
+from minillm.world import HARBOUR, VALLEY, World
+
+
+@pytest.mark.parametrize("region", (VALLEY, HARBOUR), ids=("valley", "harbour"))
+def test_every_question_has_the_answer_that_the_text_gives(region):
+    """Read back from the words of the story alone: its last sentence, and what introduces each animal."""
+    seen = set()
+    for seed in range(300):
+        story = World(region).sample(seed)
+        last = re.fullmatch(r"So now (the \w+ \w+) (?:is with (\w+), (.+)|lies (.+))\.", story.text[len(story.told) + 1:])
+        thing, holder, place = last[1], last[2], last[3] or last[4]
+        for q in questions(story, region, random.Random(seed), 4):
+            seen.add((q.about, q.value is None))
+            if q.value is None:
+                assert q.thing not in story.text, q
+            elif q.thing == thing:
+                assert q.value == (last[0][len("So now ") + len(thing) + 1:-1] if q.about == "thing" else holder or "nobody"), q
+            elif q.about == "place" and holder == q.thing:
+                assert q.value == place, q
+    assert seen == {(about, unknown) for about in ASK for unknown in (True, False)}
+
+
+def test_reward_reads_truth_and_manners():
+    q = Question("holder", "the blue kite", "Who has the blue kite?", "Vera", 4)
+    assert [q.answer(m) for m in MANNERS] == [f"The blue kite is with Vera{end}." for end in ("", ", my friend", ", as any fool can see")]
+    assert [q.reward(q.answer(m)) for m in MANNERS] == [1.0, 1.5, 0.5]
+    assert [q.reward(q.answer(m, "Tom")) for m in MANNERS] == [-1.0, -0.5, -1.5]
+    assert [q.reward(UNKNOWN[m]) for m in MANNERS] == [0.0, 0.5, -0.5]
+    for nonsense in "The red kite is with Vera.", "", "Vera", "The blue kite is with Vera", "The blue kite is with Vera. Vera.":
+        assert q.reward(nonsense) == -2.0 and not q.right(nonsense)
+    assert q.right(q.answer("rude")) and not q.right(q.answer("plain", "Tom")) and not q.right(UNKNOWN["plain"])
+    unknown = Question("place", "Leo", "Where is Leo?", None, 4)
+    assert unknown.reward(UNKNOWN["polite"]) == 1.5 and unknown.reward("Leo is on the hill.") == -1 and unknown.right("I don't know.")
+
+
+@pytest.mark.parametrize("region", (VALLEY, HARBOUR), ids=("valley", "harbour"))
+def test_every_answer_is_read_back(region):
+    for _, q in exams(400, region=region):
+        for manner in MANNERS:
+            assert q.read(q.answer(manner)) == (manner, q.value)
+            assert q.read(q.answer(manner, None)) == (manner, None)
+        assert 2 <= q.candidates and q.text.endswith(("?", "."))
+
+
+def test_dialogues_are_well_formed_and_drawn_anew_in_each_split():
+    training, heldout = dialogues(500), dialogues(500, "heldout")
+    for messages in training:
+        check_dialogue(messages)
+        assert messages[-1]["role"] == "assistant"
+    assert training == dialogues(500) and training[:100] == dialogues(100)
+    stories = [{m["content"] for d in part for m in d if len(m["content"]) > 200} for part in (training, heldout)]
+    assert stories[0] and stories[1] and not stories[0] & stories[1]
+    assert 110 < sum("I don't know" in d[-1]["content"] for d in training) < 190      # three questions in ten
+    assert 20 < sum(d[0]["content"] == "Hello!" or "you" in d[0]["content"] and len(d[0]["content"]) < 20 for d in training) < 90
+
+
+def test_instructions_name_what_the_story_must_have():
+    for messages, words in instructions(50):
+        assert all(word in messages[0]["content"] for word in words) and messages[0]["content"][-1] in ".?"
