@@ -313,6 +313,7 @@ def test_nf4_of_zeros_of_one_value_and_twice():
     for w in (torch.zeros(4, 32), torch.full((4, 32), -0.3), torch.full((2, 64), 1e-38)):
         back = nf4_dequantize(*nf4_quantize(w), w.shape)
         assert torch.allclose(back, w, atol=1e-7) and back.isfinite().all()
+    assert (nf4_quantize(torch.zeros(4, 32))[0] == 0x77).all()          # two indices of the value 0, not of 0 / 0
     w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     once = nf4_dequantize(*nf4_quantize(w), w.shape)
     assert torch.equal(nf4_dequantize(*nf4_quantize(once), w.shape), once)
