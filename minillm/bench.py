@@ -1,4 +1,4 @@
-"""Time our code beside others, in turns in one run, and print ratios of medians: `python -m minillm.bench train` (or `tokenize FILE`)."""
+"""Time our code beside others, in turns in one run, and print ratios of medians: `python -m minillm.bench train` (or `generate`, or `tokenize FILE`)."""
 import argparse
 import importlib.util
 import statistics
@@ -11,12 +11,16 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from minillm.generate import generate
 from minillm.model import Llama, LlamaConfig
 from minillm.tokenizer import PATTERN, Tokenizer
 from minillm.train import AdamW, clip_gradients, default_precision, token_loss
 
 SHAPES = {"S": LlamaConfig(vocab_size=1024, dim=128, n_layers=4, n_heads=4, n_kv_heads=4, hidden_dim=344),
           "M": LlamaConfig(vocab_size=1024, dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768)}
+
+TALKERS = {"S": LlamaConfig(vocab_size=720, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344),
+           "M": LlamaConfig(vocab_size=32000, dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768)}
 
 
 def in_turns(contenders, rounds):
@@ -107,6 +111,25 @@ def train(rounds, folder, batch=16):
                in_turns(contenders, rounds), targets.numel(), "tokens/s", "transformers float32")
 
 
+def write(rounds, new_tokens=64):
+    """Greedy generation after a prompt of 8 tokens, with cache, batch 1 and 16, float32: tokens/s of all rows."""
+    for name, c in TALKERS.items():
+        model = Llama(c)
+        peer = hugging_face(c).eval()
+        peer.load_state_dict(model.state_dict())
+        peer.generation_config.eos_token_id = None
+        for batch in (1, 16):
+            ids = torch.randint(c.vocab_size, (batch, 8), generator=torch.Generator().manual_seed(0))
+            settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+            contenders = {"transformers generate": lambda: peer.generate(ids, **settings),
+                          "minillm generate": lambda: generate(model, ids, new_tokens, temperature=0)}
+            ours, theirs = (work() for work in contenders.values())
+            same = (ours[:, 8:] == theirs[:, 8:]).float().mean().item()
+            report(f"Generation, shape {name} ({c.dim} wide, {c.n_layers} layers, vocabulary {c.vocab_size:,}), batch {batch}, "
+                   f"{torch.get_num_threads()} threads; {same:.0%} of the tokens are the same",
+                   in_turns(contenders, rounds), batch * new_tokens, "tokens/s", "transformers generate")
+
+
 def rust_tokenizer(text, vocab_size):
     """The same training by Hugging Face's tokenizers, in Rust."""
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -136,10 +159,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=10, help="timed runs of each contender (default 10)")
     what = parser.add_subparsers(dest="what", required=True)
     what.add_parser("train", help=train.__doc__).add_argument("--peers", type=Path, help="folder with checkouts of llama2.c, nanoGPT")
+    what.add_parser("generate", help=write.__doc__)
     what.add_parser("tokenize", help=tokenize.__doc__).add_argument("file", type=Path)
     options = parser.parse_args()
     if options.what == "train":
         train(options.rounds, options.peers)
+    elif options.what == "generate":
+        write(options.rounds)
     else:
         tokenize(options.rounds, options.file)
 
