@@ -62,7 +62,7 @@ FILES = replace(STORIES, model=replace(STORIES.model, vocab_size=1024, max_seq_l
 CHAT = Tuning(TrainConfig(steps=640, lr=3e-3, muon=2.0, warmup=20, min_lr=0.02), examples=10240)
 LORA, RANK, ALPHA = Tuning(TrainConfig(steps=180, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0), examples=2880), 8, 16
 # float32: the loss is made of differences between sums over an answer, in which the rounding of bfloat16 shows.
-DPO, BETA = Tuning(TrainConfig(steps=70, lr=8e-5, warmup=10, weight_decay=0, precision="float32"), examples=600), 0.1
+DPO, BETA = Tuning(TrainConfig(steps=40, lr=1e-4, warmup=5, weight_decay=0, precision="float32"), examples=600), 0.1
 
 
 @dataclass
