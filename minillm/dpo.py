@@ -131,7 +131,7 @@ class Pairs:
         return len(self.chosen)
 
     def __getitem__(self, i):
-        part = list(self.order.chosen(i))
+        part = list(self.order.chosen(i))                  # Rows.chosen: which pairs are in batch i
         ids, mask = pad_right([rows[j] for rows in (self.chosen, self.rejected) for j in part])
         return ids, mask, self.reference[part + [j + len(self) for j in part]]
 
@@ -140,9 +140,9 @@ def preference_loss(function=dpo_loss, beta=0.1, log=None):
     """A loss for train(..., count=count_pairs) on Pairs: function is dpo_loss, ipo_loss, kto_loss, or (Pairs without reference) orpo_loss.
 
     log: a list that gets a dict a call: the mean log-ratios (nats) of chosen and rejected, and accuracy, the share of pairs
-    in which that of the chosen answer is greater. Raises ValueError for beta <= 0.
+    in which that of the chosen answer is greater. Without meaning for orpo_loss, which has no reference. Raises ValueError for beta <= 0.
     """
-    check_beta(beta, torch.zeros(1))
+    check_beta(beta, torch.zeros(1))                       # now, not in the first step; the tensor stands for a batch
 
     def loss(model, ids, mask, reference, precision="float32"):
         policy = sequence_logprob(model, ids, mask, precision)
@@ -195,5 +195,6 @@ def orpo_loss(policy_chosen, policy_rejected, chosen_tokens, rejected_tokens, be
     """
     check_beta(beta, policy_chosen, policy_rejected, chosen_tokens, rejected_tokens)
     chosen, rejected = (z.clamp(max=-1e-6) for z in (policy_chosen / chosen_tokens, policy_rejected / rejected_tokens))   # p < 1
+    # log(p / (1 - p)) of both; -expm1(x) is 1 - exp(x) = 1 - p
     odds = (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
     return (-chosen - beta * F.logsigmoid(odds)).mean()
