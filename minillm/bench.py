@@ -19,7 +19,7 @@ from minillm.train import AdamW, clip_gradients, default_precision, token_loss
 SHAPES = {"S": LlamaConfig(vocab_size=1024, dim=128, n_layers=4, n_heads=4, n_kv_heads=4, hidden_dim=344),
           "M": LlamaConfig(vocab_size=1024, dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768)}
 
-TALKERS = {"S": LlamaConfig(vocab_size=720, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344),
+TALKERS = {"S": LlamaConfig(vocab_size=896, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344),
            "M": LlamaConfig(vocab_size=32000, dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768)}
 
 
@@ -70,7 +70,8 @@ def hugging_face(c):
     """transformers' LLaMA of the same shape."""
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim, max_position_embeddings=c.max_seq_len))
+        num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim, max_position_embeddings=c.max_seq_len,
+        rms_norm_eps=c.norm_eps))
 
 
 def module_at(path):
