@@ -141,6 +141,8 @@ def test_other_bad_input():
         cache.append(*torch.zeros(2, 1, 1, 2, 2))
     with pytest.raises(ValueError, match="holds 3 tokens: it cannot keep 4"):
         cache.truncate(4)
+    cache.truncate(0)
+    assert cache.append(*torch.ones(2, 1, 1, 2, 2))[0].tolist() == torch.ones(1, 1, 2, 2).tolist()
 
 
 def test_no_new_tokens_is_the_prompt_and_the_context_can_be_filled():

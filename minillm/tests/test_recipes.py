@@ -60,6 +60,11 @@ def test_a_stage_is_built_anew_when_the_one_before_it_changes(small, monkeypatch
     assert recipes.chat(bar=False).key != before
 
 
+def test_one_story_in_25_is_from_the_harbour():
+    texts = recipes.training_texts(replace(recipes.STORIES, stories=100))
+    assert [any(place in text for place in HARBOUR.places) for text in texts] == [i % 25 == 24 for i in range(100)]
+
+
 def test_settings_text_and_code_are_in_the_key(small, monkeypatch):
     other = replace(recipes.STORIES, training=replace(recipes.STORIES.training, lr=1e-4))
     mute = replace(recipes.STORIES, training=replace(recipes.STORIES.training, bar=False, floor=1.0))
@@ -189,11 +194,12 @@ def test_scorecard_counts_what_it_says():
 
 
 def test_answers_and_wins_are_counted(monkeypatch):
-    """Three models by their answers: always polite and right, always rude and right, always silent."""
+    """Four models by their answers: always polite and right, always rude and right, always silent, and always polite and wrong."""
     asked = exams(40)
-    said = {"polite": lambda q: q.answer("polite"), "rude": lambda q: q.answer("rude"), "silent": lambda q: ""}
+    said = {"polite": lambda q: q.answer("polite"), "rude": lambda q: q.answer("rude"), "silent": lambda q: "",
+            "lying": lambda q: q.answer("polite", None if q.value else "Nobody" if q.about == "holder" else "lies on the moon")}
     monkeypatch.setattr(scorecard, "replies", lambda model, tokenizer, prompts, **_: [[said[model](q)] for _, q in asked])
-    assert [scorecard.accuracy(model, None, asked) for model in said] == [1, 1, 0]
+    assert [scorecard.accuracy(model, None, asked) for model in said] == [1, 1, 0, 0]
     assert scorecard.win_rate("polite", "rude", None, asked) == (1, 0) and scorecard.win_rate("rude", "polite", None, asked) == (0, 0)
     assert scorecard.win_rate("rude", "rude", None, asked) == (0.5, 0) and scorecard.win_rate("rude", "silent", None, asked) == (1, 0)
     said["half"] = lambda q: q.answer("polite" if asked.index(next(a for a in asked if a[1] is q)) % 2 else "rude")

@@ -56,8 +56,10 @@ def test_dialogues_are_well_formed_and_drawn_anew_in_each_split():
         check_dialogue(messages)
         assert messages[-1]["role"] == "assistant"
     assert training == dialogues(500) and training[:100] == dialogues(100)
-    stories = [{m["content"] for d in part for m in d if len(m["content"]) > 200} for part in (training, heldout)]
-    assert stories[0] and stories[1] and not stories[0] & stories[1]
+    parts = training, heldout, [d for d, _ in exams(500)], [d for d, _ in exams(500, "train")]
+    stories = [{re.sub(r" (Who|Where|Tell me) [^.?]*[.?]$", "", m["content"]) for d in part for m in d if len(m["content"]) > 200} for part in parts]
+    assert all(len(found) > 400 for found in stories)
+    assert not any(a & b for i, a in enumerate(stories) for b in stories[:i]), "a story serves twice"
     assert 110 < sum("I don't know" in d[-1]["content"] for d in training) < 190      # three questions in ten
     assert 20 < sum(d[0]["content"] == "Hello!" or "you" in d[0]["content"] and len(d[0]["content"]) < 20 for d in training) < 90
 
