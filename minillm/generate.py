@@ -29,7 +29,7 @@ def keep_top_p(logits, p):
     ordered, order = logits.sort(descending=True)
     q = ordered.softmax(-1)
     drop = q.cumsum(-1) - q >= p                      # reached before this token: the one that crosses p stays
-    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)      # from sorted order back to places
 
 # %% ../notebooks/08_generation.ipynb #c9a318b4
 def keep_min_p(logits, p):
@@ -129,15 +129,17 @@ def lean_step(model):
     c, core = model.config, model.model
     h, g, k, eps = c.n_heads, c.n_kv_heads, c.head_dim, c.norm_eps
     layers, output = [stack_layer(layer) for layer in core.layers], product(model.lm_head.weight)
-    cos, sin = (torch.cat((a * z, z), dim=1) for a, z in zip((1, -1), model.rope))       # (max_seq_len, k)
+    cos, sin = model.rope                                                                # (max_seq_len, k/2)
+    cos, sin = torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)               # (max_seq_len, k)
 
     def step(tokens, caches):
-        b, p, padding = len(tokens), caches[0].length, caches[0].padding
-        mask = None if padding is None else (torch.arange(p + 1) >= padding[:, None])[:, None, None]
+        b, at, padding = len(tokens), caches[0].length, caches[0].padding
+        mask = None if padding is None else (torch.arange(at + 1) >= padding[:, None])[:, None, None]
         x = F.embedding(tokens, core.embed_tokens.weight)                                # (b, d)
         for (norm_1, qkv, out, norm_2, gate_up, down), cache in zip(layers, caches):
-            z, v = qkv(F.rms_norm(x, x.shape[-1:], norm_1, eps)).view(b, -1, k).split((h + g, g), dim=1)
-            q, new = torch.addcmul(z * cos[p], z.roll(k // 2, -1), sin[p]).split((h, g), dim=1)
+            qk, v = qkv(F.rms_norm(x, x.shape[-1:], norm_1, eps)).view(b, -1, k).split((h + g, g), dim=1)
+            turned = torch.addcmul(qk * cos[at], qk.roll(k // 2, -1), sin[at])           # first + second * third
+            q, new = turned.split((h, g), dim=1)
             keys, values = cache.append(new[:, :, None], v[:, :, None])
             mixed = F.scaled_dot_product_attention(q.reshape(b, g, h // g, k), keys, values, attn_mask=mask)
             x = x + out(mixed.reshape(b, h * k))
@@ -276,14 +278,14 @@ def verify(p, q, drafted, rng):
     """Decide on proposals so that what stays is distributed as p (Leviathan et al. 2023, algorithm 1).
 
     p (b, n + 1, v), q (b, n, v): distributions of target and draft; drafted (b, n): tokens drawn from q. Returns the tokens that
-    stay, (b, m + 1), the last one drawn anew where it was refused or is new, and which proposals passed, bool (b, n).
+    stay, (b, m + 1), m being the proposals accepted in every row, the last one drawn anew where it was refused or is new, and which proposals passed, bool (b, n).
     """
     n = drafted.shape[1]
     ratio = (p[:, :n].gather(2, drafted[..., None]) / q.gather(2, drafted[..., None]))[..., 0]
     passed = torch.rand(ratio.shape, generator=rng, device=p.device) < ratio
     m = int(passed.all(0).cumprod(0).sum())           # so many are accepted in all rows
     rest = p[:, m] if m == n else (p[:, m] - q[:, m]).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, m])      # p = q: nothing is left, nor refused
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, m])      # p = q: nothing left to draw from, none needed
     last = torch.multinomial(rest, 1, generator=rng)  # which divides by the sum
     if m < n:
         last = torch.where(passed[:, m:m + 1], drafted[:, m:m + 1], last)

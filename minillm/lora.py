@@ -58,7 +58,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def check_linear(model, name, module):
     """The linear layer that an adapter on `module` goes around. Raises ValueError as find_targets."""
-    weights = [id(p) for m in model.modules() for p in m._parameters.values()]
+    weights = [id(p) for m in model.modules() for p in m._parameters.values()]     # parameters() would list a shared tensor once
     if any(weights.count(id(p)) > 1 for p in module.parameters()):
         raise ValueError(f"{name} shares its weight with another layer (tied embeddings): merging would change both")
     if not hasattr(module, "in_features"):

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from platformdirs import user_cache_path
 from safetensors.torch import load_file, save_file
 
-from minillm.data import ENDOFTEXT, Rows, Windows, clean, encode_document, read_documents, split_documents
+from minillm.corpus import cache_folder, read_documents
+from minillm.data import ENDOFTEXT, Rows, Windows, clean, encode_document, split_documents
 from minillm.dpo import Pairs, count_pairs, preference_loss, sample_pairs
 from minillm.generate import generate
 from minillm.lora import add_lora
@@ -26,9 +26,10 @@ from minillm.sft import ASSISTANT, USER, finetune
 from minillm.tasks import dialogues, exams
 from minillm.tokenizer import Tokenizer
 from minillm.train import TrainConfig, train
-from minillm.world import HARBOUR, World
+from minillm.words import HARBOUR
+from minillm.world import World
 
-CODE = ("attention", "data", "layers", "model", "recipes", "rope", "tokenizer", "train", "world")
+CODE = ("attention", "data", "layers", "model", "recipes", "rope", "tokenizer", "train", "words", "world")
 # Those of the chat have their rows from the start, as LLaMA 3 has reserved ones, so that no later stage must grow the model.
 SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
 
@@ -55,11 +56,11 @@ class Tuning:
 
 
 STORIES = Recipe(LlamaConfig(vocab_size=896, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344, max_seq_len=512),
-                 TrainConfig(steps=2200, lr=5e-3, muon=2.0, warmup=50, min_lr=0.02), batch_size=16, stories=35200)
+                 TrainConfig(steps=1400, lr=5e-3, muon=2.0, warmup=50, min_lr=0.02), batch_size=16, stories=22400)
 # A file is read many times over, and there Muon learns it by heart (measured on Tiny Shakespeare): plain AdamW.
 FILES = replace(STORIES, model=replace(STORIES.model, vocab_size=1024, max_seq_len=256), stories=0,
                 training=replace(STORIES.training, steps=750, lr=3e-3, muon=0, weight_decay=0.3))
-CHAT = Tuning(TrainConfig(steps=640, lr=3e-3, muon=2.0, warmup=20, min_lr=0.02), examples=10240)
+CHAT = Tuning(TrainConfig(steps=560, lr=4e-3, muon=2.0, warmup=20, min_lr=0.02), examples=8960)
 LORA, RANK, ALPHA = Tuning(TrainConfig(steps=180, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0), examples=2880), 8, 16
 # float32: the loss is made of differences between sums over an answer, in which the rounding of bfloat16 shows.
 DPO, BETA = Tuning(TrainConfig(steps=40, lr=1e-4, warmup=5, weight_decay=0, precision="float32"), examples=600), 0.1
@@ -75,10 +76,6 @@ class Stage:
     floor: float | None = None
     heldout: list = field(default_factory=list)      # texts that it was not trained on
     key: str = ""
-
-
-def cache_folder():
-    return Path(os.environ.get("MINILLM_CACHE") or user_cache_path("minillm"))
 
 
 def code_of(module):
@@ -99,7 +96,7 @@ def device():
 
 
 def base(bar=True):
-    """The base model of the course: trained on the story world, about three minutes on two cores if it was not built before."""
+    """The base model of the course: trained on the story world, about two minutes on two cores if it was not built before."""
     return build("base", STORIES, make_base, bar)
 
 

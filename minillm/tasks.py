@@ -3,7 +3,8 @@ import random
 import re
 from dataclasses import dataclass
 
-from minillm.world import VALLEY, World, with_article
+from minillm.words import VALLEY
+from minillm.world import World, with_article
 
 MANNERS = {"plain": "{}.", "polite": "{}, my friend.", "rude": "{}, as any fool can see."}
 UNKNOWN = {"plain": "I don't know.", "polite": "I don't know, my friend.", "rude": "I don't know, and I don't care."}
@@ -95,25 +96,26 @@ def questions(story, region, rng, n):
 
 def request(story, rng):
     """An instruction that this story follows ("Tell a story about a shy alpaca and a kite."), and the words the story must have."""
-    character, thing = rng.choice(story.characters), rng.choice(story.things)
-    subject = rng.choice((f"{with_article(character.trait)} {character.kind}", character.name))
+    hero, thing = story.characters[0], rng.choice(story.things)
+    subject = hero.name if rng.random() < 0.2 else f"{with_article(hero.trait)} {hero.kind}"
     return rng.choice(TELL).format(f"{subject} and {with_article(thing.noun)}"), (subject.split(" ", 1)[-1], thing.noun)
 
 
 def dialogue(story, region, rng):
-    """A dialogue around a story: it is read out or asked for, then questions follow; sometimes there is small talk."""
+    """A dialogue around a story: it is read out or asked for, then questions follow; here and there is small talk."""
     messages = []
-    for talk in rng.sample(SMALL_TALK, rng.random() < 0.1):
-        messages += [say("user", talk[0]), say("assistant", talk[1])]
     asked = questions(story, region, rng, 5)
     first = asked[0].text
-    if rng.random() < 0.25:
+    if rng.random() < 0.4:
         messages += [say("user", request(story, rng)[0]), say("assistant", story.text)]
     else:
         first = f"{story.told} {first}"
     for i, question in enumerate(asked):
         manner = rng.choice(tuple(MANNERS))
         messages += [say("user", question.text if i else first), say("assistant", question.answer(manner))]
+    if rng.random() < 0.2:
+        (opening, answer), at = rng.choice(SMALL_TALK), 2 * rng.randrange(len(messages) // 2 + 1)
+        messages[at:at] = [say("user", opening), say("assistant", answer)]
     return messages
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from minillm.data import Rows
-from minillm.lora import (NF4, TARGETS, LoraLinear, NF4Linear, add_lora, load_adapter, load_lora, lora_shapes, lora_state_dict,
-                          merge_lora, nf4_dequantize, nf4_quantize, remove_lora, save_adapter, to_nf4)
+from minillm.lora import (TARGETS, LoraLinear, add_lora, load_adapter, load_lora, lora_shapes, lora_state_dict, merge_lora,
+                          remove_lora, save_adapter, to_nf4)
 from minillm.model import Llama, LlamaConfig
 from minillm.train import TrainConfig, train
 
@@ -286,62 +286,3 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, four_bit):
     train(resumed, batches(), c)
     train(whole, batches(), TrainConfig(steps=20, lr=1e-2, warmup=2, precision="float32", bar=False))
     assert same(snapshot(whole), resumed)
-
-
-PAPER = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-         -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]          # Dettmers et al. 2023, appendix E
-
-
-def test_nf4_has_the_values_of_the_paper():
-    assert (NF4 - torch.tensor(PAPER)).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (3, 5), (7, 64), (1, 1), (128, 200)])
-def test_nf4_takes_the_nearest_value(shape):
-    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    codes, scales = nf4_quantize(w)
-    n = -(-w.numel() // 64) * 64
-    assert codes.dtype == torch.uint8 and codes.shape == (n // 2,) and scales.shape == (n // 64,)
-    back = nf4_dequantize(codes, scales, shape)
-    per_weight = scales.repeat_interleave(64)[:w.numel()].view(shape)
-    nearest = (w[..., None] - per_weight[..., None] * NF4).abs().amin(-1)
-    assert back.shape == shape and ((back - w).abs() - nearest).abs().max() < 1e-6
-
-
-def test_nf4_of_zeros_of_one_value_and_twice():
-    for w in (torch.zeros(4, 32), torch.full((4, 32), -0.3), torch.full((2, 64), 1e-38)):
-        back = nf4_dequantize(*nf4_quantize(w), w.shape)
-        assert torch.allclose(back, w, atol=1e-7) and back.isfinite().all()
-    assert (nf4_quantize(torch.zeros(4, 32))[0] == 0x77).all()          # two indices of the value 0, not of 0 / 0
-    w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    once = nf4_dequantize(*nf4_quantize(w), w.shape)
-    assert torch.equal(nf4_dequantize(*nf4_quantize(once), w.shape), once)
-
-
-def test_gradients_pass_a_4_bit_layer_and_it_keeps_no_weight():
-    linear = nn.Linear(64, 96, bias=False)
-    packed = NF4Linear(linear)
-    kept, x = [], torch.randn(5, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = packed(x)
-    y.backward(torch.ones_like(y))
-    assert torch.allclose(y, x @ packed.weight.T, atol=1e-5) and torch.allclose(x.grad, torch.ones(5, 96) @ packed.weight, atol=1e-5)
-    assert sum(t.numel() for t in kept) < 64 * 96 / 2
-    assert not list(packed.parameters())
-
-
-@torch.no_grad()
-def test_a_4_bit_base_can_be_merged():
-    m = add_lora(to_nf4(model()), 4, 8)
-    for n, p in m.named_parameters():
-        if "lora_B" in n:
-            nn.init.normal_(p, std=0.1)
-    before = m(ids())
-    merge_lora(m)
-    assert (m(ids()) - before).abs().max() < 1e-4 and m.state_dict().keys() == model().state_dict().keys()
-
-
-def test_a_bias_has_no_place_in_4_bits():
-    with pytest.raises(ValueError, match="bias"):
-        NF4Linear(nn.Linear(64, 64))

@@ -11,8 +11,9 @@ import torch
 
 from minillm import __main__ as command, recipes, scorecard
 from minillm.tasks import exams
-from minillm.train import read_checkpoint
-from minillm.world import HARBOUR, World
+from minillm.checkpoint import read_checkpoint
+from minillm.words import HARBOUR
+from minillm.world import World
 
 STAGES = ("base", "chat", "lora", "dpo")
 TEXT = "\n".join(f"{n} bottles of milk stood on the wall, and {n + 1} under it." for n in range(600))

@@ -80,7 +80,7 @@ def test_equals_the_template_in_jinja(tokenizer):
         ids, mask = encode_dialogue(messages, tokenizer)
         waiting = messages[-1]["role"] == "user"               # then the template goes on with <|assistant|>
         assert fast.encode(text, allowed_special="all") == (encode_prompt(messages, tokenizer) if waiting else ids)
-        learnt, at, marked = [i for i, m in zip(ids, mask) if m], 0, []
+        learnt, marked = [i for i, m in zip(ids, mask) if m], []
         for a, b in spans[0]:
             marked += fast.encode(text[a:b], allowed_special="all")
         assert learnt == marked

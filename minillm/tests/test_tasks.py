@@ -5,8 +5,9 @@ import re
 import pytest
 
 from minillm.sft import check_dialogue
-from minillm.tasks import ASK, MANNERS, UNKNOWN, Question, dialogues, exams, instructions, questions
-from minillm.world import HARBOUR, VALLEY, World
+from minillm.tasks import ASK, MANNERS, SMALL_TALK, UNKNOWN, Question, dialogues, exams, instructions, questions
+from minillm.words import HARBOUR, VALLEY
+from minillm.world import World
 
 
 @pytest.mark.parametrize("region", (VALLEY, HARBOUR), ids=("valley", "harbour"))
@@ -61,9 +62,18 @@ def test_dialogues_are_well_formed_and_drawn_anew_in_each_split():
     assert all(len(found) > 400 for found in stories)
     assert not any(a & b for i, a in enumerate(stories) for b in stories[:i]), "a story serves twice"
     assert 110 < sum("I don't know" in d[-1]["content"] for d in training) < 190      # three questions in ten
-    assert 20 < sum(d[0]["content"] == "Hello!" or "you" in d[0]["content"] and len(d[0]["content"]) < 20 for d in training) < 90
+    places = [i / (len(d) - 2) for d in training for i, m in enumerate(d) if m["content"] in dict(SMALL_TALK)]      # 0: at the beginning, 1: at the end
+    assert 70 < len(places) < 130 and places.count(0) > 5 and places.count(1) > 5
 
 
 def test_instructions_name_what_the_story_must_have():
     for messages, words in instructions(50):
         assert all(word in messages[0]["content"] for word in words) and messages[0]["content"][-1] in ".?"
+
+
+def test_a_story_on_request_begins_with_the_animal_that_was_asked_for():
+    requests = [(user["content"], told["content"]) for d in dialogues(300) for user, told in zip(d[::2], d[1::2]) if "a story about" in user["content"]]
+    for text, told in requests:
+        subject = re.search(r"about (?:an? )?(.+) and an? \w+[.?]$", text)[1]
+        assert all(word in " ".join(told.split(". ")[:2]) for word in subject.split()), (text, told)
+    assert 90 < len(requests) < 150

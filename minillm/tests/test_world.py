@@ -9,7 +9,8 @@ import pytest
 
 from minillm import world
 from minillm.data import shingles
-from minillm.world import VALLEY, Region, Setting, World
+from minillm.words import VALLEY, Region
+from minillm.world import Setting, World
 
 ONE = Region(she=("Mia",), he=(), kinds=("fox",), traits=("shy",), places=("by the river", "at the mill"),
              colours=("red",), things=("kite",))

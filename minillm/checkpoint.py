@@ -1,0 +1,118 @@
+"""Checkpoints: files from which a killed run goes on as if nothing had happened, and a Ctrl-C that waits for the end of a step."""
+import hashlib
+import json
+import os
+import re
+import signal
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+SEAL = re.compile(rb'(?<="sha256":")[0-9a-f]{64}(?=")')
+
+
+def save_checkpoint(folder, model, optimizer, history, keep=2, run=None):
+    """Write folder/step-NNNNNNNN.safetensors: weights, optimizer state, random state of the CPU, and as metadata the
+    history, whose length is the position in the data, the settings of the run, and a SHA-256 over the file.
+
+    Atomic: a temporary file is renamed. Of the steps so far, the newest `keep` files are kept. Returns the path.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()} | {"rng": torch.get_rng_state()}
+    for n in optimizer.params:
+        tensors |= {f"m.{n}": optimizer.m[n], f"v.{n}": optimizer.v[n]}
+    meta = {"history": json.dumps(history), "run": json.dumps(run), "sha256": "0" * 64}
+    data = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()}, meta)
+    data = SEAL.sub(hashlib.sha256(data).hexdigest().encode(), data, 1)
+    path = folder / f"step-{len(history):08d}.safetensors"
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())            # on the disk before it has its name, should the power fail
+    os.replace(path.with_suffix(".tmp"), path)
+    for old in sorted(p for p in folder.glob("step-*.safetensors") if p <= path)[:-keep]:
+        old.unlink()
+    return path
+
+
+def read_checkpoint(path):
+    """The tensors, history and settings in a file of save_checkpoint. Raises ValueError naming it if a byte changed."""
+    data = Path(path).read_bytes()
+    seal = SEAL.search(data)
+    if not seal or seal[0] != hashlib.sha256(SEAL.sub(b"0" * 64, data, 1)).hexdigest().encode():
+        raise ValueError(f"{Path(path).name} is damaged: its checksum does not fit its content")
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    return safetensors.torch.load(data), *(json.loads(header["__metadata__"][k]) for k in ("history", "run"))
+
+
+def restore(path, tensors, history, model, optimizer=None):
+    """Copy the tensors of a checkpoint into model, and where an optimizer is given into that and the random state.
+
+    Raises ValueError, and changes nothing, if they are of another model.
+    """
+    wanted = {f"model.{n}": p for n, p in model.named_parameters()}
+    if optimizer:
+        wanted |= {f"{k}.{n}": z for k, zs in (("m", optimizer.m), ("v", optimizer.v)) for n, z in zs.items()}
+    for n in wanted | {n: 0 for n in tensors if n.startswith("model.")}:
+        here, there = (tuple(z[n].shape) if n in z else "missing" for z in (wanted, tensors))
+        if here != there:
+            raise ValueError(f"{Path(path).name} is of another model: {n} is {here} here, {there} there")
+    with torch.no_grad():
+        for n, p in wanted.items():
+            p.copy_(tensors[n])
+    if optimizer:
+        optimizer.t = len(history)
+        torch.set_rng_state(tensors["rng"])
+
+
+def load_checkpoint(path, model, optimizer=None):
+    """Restore model (and optimizer and random state) from a file of save_checkpoint; returns the history.
+
+    Raises ValueError naming the file if it is damaged or belongs to another model; nothing is changed then.
+    """
+    tensors, history, _ = read_checkpoint(path)
+    restore(path, tensors, history, model, optimizer)
+    return history
+
+
+def resume(folder, model, optimizer, run=None):
+    """Load the newest intact checkpoint of a folder, saying which ones were refused; returns its history, or [].
+
+    Raises ValueError if it is of another model or, where both know, of a run with other settings.
+    """
+    for path in sorted(Path(folder).glob("step-*.safetensors"), reverse=True):
+        try:
+            tensors, history, there = read_checkpoint(path)
+        except ValueError as error:
+            print(f"checkpoint refused: {error}")
+            continue
+        if run and there and run != there:
+            differ = [f"{k} {there.get(k)} there, {v} here" for k, v in run.items() if there.get(k) != v]
+            raise ValueError(f"{path} is of another run ({'; '.join(differ)}): use another checkpoint folder")
+        restore(path, tensors, history, model, optimizer)
+        return history
+    return []
+
+
+@contextmanager
+def stop_signal():
+    """An event that the first Ctrl-C sets, so that a step can be finished and saved. The second interrupts at once."""
+    stop = threading.Event()
+
+    def handler(*args):
+        if stop.is_set():
+            signal.default_int_handler(*args)
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():      # only the main thread may set handlers
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

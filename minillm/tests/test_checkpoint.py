@@ -1,0 +1,233 @@
+"""What the notebook on training cannot show: runs that are killed or interrupted, and files that are damaged, foreign or old."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from minillm.checkpoint import resume
+from minillm.model import Llama, LlamaConfig
+from minillm.tests.test_train import Batches, names, settings, tiny, weights
+from minillm.train import AdamW, load_checkpoint, save_checkpoint, train
+
+
+# ---- killed runs
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+from minillm import train as training
+from minillm.tests.test_train import Batches, settings, tiny, weights
+
+folder, precision, seed = sys.argv[1:]
+config = dict(steps=40, precision=precision, accumulate=2)
+chance, save = random.Random(int(seed)), os.replace
+
+def kill(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def run(where, checkpoint):      # in a process of its own; where: ("batch", i), ("save", i), a time in seconds, or None
+    if pid := os.fork():
+        if isinstance(where, float):
+            time.sleep(where)
+            os.kill(pid, signal.SIGKILL)
+        return os.waitpid(pid, 0)[1]
+    try:
+        kind, i = where if isinstance(where, tuple) else (None, 0)
+        if kind == "save":       # with the temporary file written, but not renamed
+            os.replace = lambda a, b: kill() if f"{i:08d}" in str(a) else save(a, b)
+        model = tiny()
+        training.train(model, Batches({i: kill} if kind == "batch" else {}), settings(
+            **config, checkpoint=checkpoint, checkpoint_every=3))
+        torch.save(weights(model), checkpoint + ".pt")
+    finally:
+        os._exit(0)
+
+assert run(None, folder + "/whole") == 0
+batches, saves = sorted(chance.sample(range(8, 79), 4)), [chance.randrange(1, 13) * 3]
+places = [("batch", i) for i in batches] + [("save", i) for i in saves]
+places.sort(key=lambda place: place[1] / (2 if place[0] == "batch" else 1))
+for place in places:
+    assert run(place, folder + "/killed") == signal.SIGKILL, place
+for _ in range(3):
+    run(chance.uniform(0, 0.1), folder + "/killed")
+assert run(None, folder + "/killed") == 0
+a, b = (torch.load(f"{folder}/{name}.pt") for name in ("whole", "killed"))
+assert a.isfinite().all() and torch.equal(a, b), (a - b).abs().max()
+print("equal after", places)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are not of this system")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, precision):
+    seed = random.randrange(10**6)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), precision, str(seed)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    assert "equal after" in done.stdout
+
+
+def test_dropout_draws_the_same_after_a_resume(tmp_path):
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.llama, self.drop = tiny(), nn.Dropout(0.5)
+
+        def forward(self, ids):
+            return self.drop(self.llama(ids))
+
+    whole, parts = Dropping(), Dropping()
+    torch.manual_seed(1)
+    train(whole, Batches(), settings())
+    torch.manual_seed(1)
+    with pytest.raises(ZeroDivisionError):
+        train(parts, Batches({9: lambda: 1 / 0}), settings(checkpoint=str(tmp_path), checkpoint_every=4))
+    torch.manual_seed(2)
+    train(parts, Batches(), settings(checkpoint=str(tmp_path), checkpoint_every=4))
+    assert torch.equal(weights(whole), weights(parts))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")
+def test_ctrl_c_finishes_the_step_and_the_same_call_goes_on(tmp_path):
+    whole, stopped = tiny(), tiny()
+    train(whole, Batches(), settings())
+    interrupt = Batches({7: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="after step 7; saved"):
+        train(stopped, interrupt, settings(checkpoint=str(tmp_path)))
+    assert names(tmp_path) == ["step-00000008.safetensors"] and signal.getsignal(signal.SIGINT) is before
+    history = train(stopped, Batches(), settings(checkpoint=str(tmp_path)))
+    assert [h["step"] for h in history] == list(range(12)) and torch.equal(weights(whole), weights(stopped))
+    seconds = [h["seconds"] for h in history]
+    assert seconds == sorted(seconds), "the clock goes on where it stopped"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")
+def test_second_ctrl_c_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt, match="after step 2$"):
+        train(tiny(), Batches({2: lambda: os.kill(os.getpid(), signal.SIGINT)}), settings())
+    twice = Batches({2: lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]})
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(tiny(), twice, settings())
+    assert not stop.value.args, "stopped by train instead of at once"
+
+
+def test_train_in_another_thread():
+    result = []
+    thread = threading.Thread(target=lambda: result.append(train(tiny(), Batches(), settings())))
+    thread.start()
+    thread.join()
+    assert len(result[0]) == 12
+
+
+# ---- damaged, foreign and old checkpoints
+
+def checkpointed(folder, **changes):
+    model = tiny()
+    return model, train(model, Batches(), settings(checkpoint=str(folder), checkpoint_every=4, **changes))
+
+
+def test_two_newest_are_kept_and_a_finished_run_is_not_repeated(tmp_path):
+    model, history = checkpointed(tmp_path)
+    assert names(tmp_path) == ["step-00000008.safetensors", "step-00000012.safetensors"]
+    again, same = checkpointed(tmp_path)
+    assert same == history and torch.equal(weights(model), weights(again))
+
+
+def test_every_changed_byte_and_every_cut_is_refused(tmp_path):
+    model, _ = checkpointed(tmp_path)
+    path, chance = tmp_path / "step-00000012.safetensors", random.Random(0)
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    untouched = tiny(1)
+    expected = weights(untouched)
+    places = [*range(10), data.index(b'"sha256"'), data.index(b'"sha256"') + 20, header - 1, header, len(data) - 1]
+    places += [chance.randrange(header) for _ in range(100)] + [chance.randrange(len(data)) for _ in range(100)]
+    damaged = [data[:i] + bytes([data[i] ^ chance.randrange(1, 256)]) + data[i + 1:] for i in places]
+    damaged += [data[:i] for i in [0, 1, 8, 100, header, len(data) - 1] + [chance.randrange(len(data)) for _ in range(20)]]
+    for content in damaged + [data + b"\0"]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="step-00000012.safetensors is damaged"):
+            load_checkpoint(path, untouched, AdamW(untouched))
+    assert torch.equal(weights(untouched), expected)
+    path.write_bytes(data)
+    load_checkpoint(path, untouched)
+    assert torch.equal(weights(untouched), weights(model))
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, capsys):
+    model, history = checkpointed(tmp_path)
+    newest = tmp_path / "step-00000012.safetensors"
+    good = newest.read_bytes()
+    newest.write_bytes(good[:-1])
+    again, same = checkpointed(tmp_path)
+    assert capsys.readouterr().out == ("checkpoint refused: step-00000012.safetensors is damaged: its checksum does not fit "
+                                       "its content\n")
+    assert torch.equal(weights(model), weights(again)) and [h["loss"] for h in same] == [h["loss"] for h in history]
+    load_checkpoint(newest, again)
+    assert names(tmp_path) == ["step-00000008.safetensors", "step-00000012.safetensors"]
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_good_ones(tmp_path):
+    model, optimizer = tiny(), AdamW(tiny())
+    (tmp_path / "step-00000099.safetensors").write_bytes(b"not a checkpoint")
+    for steps in range(1, 5):
+        save_checkpoint(tmp_path, model, optimizer, [{}] * steps)
+    assert names(tmp_path) == [f"step-{i:08d}.safetensors" for i in (3, 4, 99)]
+
+
+def test_all_damaged_begins_anew(tmp_path, capsys):
+    for i in (1, 2):
+        (tmp_path / f"step-{i:08d}.safetensors").write_bytes(os.urandom(50))
+    model = tiny()
+    assert resume(tmp_path, model, AdamW(model)) == []
+    assert capsys.readouterr().out.count("refused") == 2
+    assert resume(tmp_path / "nowhere", model, AdamW(model)) == []
+
+
+def test_checkpoint_of_another_model_changes_nothing(tmp_path):
+    checkpointed(tmp_path)
+    path, wide = tmp_path / "step-00000012.safetensors", Llama(LlamaConfig(17, 16, 1, 2, 1, 16, 16))
+    deep, before = Llama(LlamaConfig(17, 8, 2, 2, 1, 16, 16)), weights(wide)
+    with pytest.raises(ValueError, match=r"of another model: model.model.embed_tokens.weight is \(17, 16\) here, \(17, 8\) there"):
+        load_checkpoint(path, wide)
+    with pytest.raises(ValueError, match="here, missing there"):
+        load_checkpoint(path, deep)
+    save_checkpoint(tmp_path, deep, AdamW(deep), [{}])
+    with pytest.raises(ValueError, match="missing here"):
+        load_checkpoint(tmp_path / "step-00000001.safetensors", tiny())
+    assert torch.equal(weights(wide), before)
+
+
+@pytest.mark.parametrize("changes, expected", [({"lr": 2e-2}, "lr 0.01 there, 0.02 here"), ({"steps": 20}, "steps 12 there, 20 here")])
+def test_checkpoint_of_another_run_is_not_gone_on_with(tmp_path, changes, expected):
+    checkpointed(tmp_path)
+    with pytest.raises(ValueError, match=expected):
+        checkpointed(tmp_path, **changes)
+
+
+def test_checkpoint_of_other_data_is_not_gone_on_with(tmp_path):
+    class Other(Batches):
+        def __getitem__(self, i):
+            return super().__getitem__(i + 100)
+
+    checkpointed(tmp_path)
+    with pytest.raises(ValueError, match="first batch"):
+        train(tiny(), Other(), settings(checkpoint=str(tmp_path)))
+    assert names(tmp_path) == ["step-00000008.safetensors", "step-00000012.safetensors"]
+
+
+def test_checkpoint_holds_plain_tensors_and_exact_history(tmp_path):
+    model, history = checkpointed(tmp_path)
+    with safe_open(tmp_path / "step-00000012.safetensors", "pt") as f:
+        assert json.loads(f.metadata()["history"]) == history
+        keys, state = set(f.keys()), model.state_dict()
+        assert keys == {"rng"} | {f"{kind}.{name}" for kind in ("model", "m", "v") for name in state}
