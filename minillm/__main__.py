@@ -57,7 +57,8 @@ def chat(prompt):
     if prompt is not None:
         answer(stage, [{"role": "user", "content": prompt}])
         return
-    print('Try "Tell a story about a shy alpaca and a kite.", then ask who has the kite. An empty line ends the talk.')
+    print('Try "Tell a story about a shy alpaca and a kite.", then ask about the kite by its full name, "Who has the yellow kite?" '
+          "if it is yellow. An empty line ends the talk.")
     messages = []
     while line := ask().strip():
         messages.append({"role": "user", "content": line})
@@ -73,6 +74,7 @@ def ask():
     try:
         return input("> ")
     except EOFError:
+        print()
         return ""
 
 
@@ -80,7 +82,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m minillm", description=__doc__, epilog="Finished stages are kept in the user's "
                                      "cache folder, or in the one that MINILLM_CACHE names. Ctrl-C keeps a checkpoint: the same command goes on.")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="learn from these UTF-8 text files instead of the story world")
-    what = parser.add_subparsers(dest="what", metavar="")
+    what = parser.add_subparsers(dest="what", metavar="[chat]")
     what.add_parser("chat", help=chat.__doc__).add_argument("--prompt", help="answer this once, on stdout, and end")
     options = parser.parse_args(arguments)
     try:

@@ -125,6 +125,6 @@ def read_documents(paths, least=1000):
         if n == 0:
             raise ValueError(f"{path} is empty")
     if (n := sum(counts.values())) < least:
-        raise ValueError(f"{', '.join(map(str, paths)) or 'no file'}: {n} characters are too few to learn from, "
+        raise ValueError(f"{', '.join(map(str, paths)) or 'no file'}: {n} characters (white space not counted) are too few to learn from, "
                          f"at least {least} are needed")
     return [(str(path), text) for path in paths for text in stream_documents(path) if text.strip()]

@@ -109,7 +109,7 @@ def package_problems(root, scratch):
         if not fresh.exists():
             problems.append(f"{names[0]} names {module}, but exports nothing")
         elif not stored.exists() or stored.read_text(encoding="utf-8") != fresh.read_text(encoding="utf-8"):
-            problems.append(f"{module} is not what {names[0]} exports: run nbdev-export (edited the notebook) "
+            problems.append(f"{module} is not what {names[0]} exports: run nb-export (edited the notebook) "
                             "or nbdev-update (edited the module)")
     for path in sorted(root.glob("minillm/*.py")):
         if GENERATED in path.read_text(encoding="utf-8") and path.name not in writers:

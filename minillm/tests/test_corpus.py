@@ -121,7 +121,7 @@ def test_table_of_corpora():
 
 @pytest.mark.parametrize("content, message", [
     (b"", "is empty"), (b" \n\t\r\n", "is empty"), ("\u00a0\u2003".encode(), "is empty"),
-    (b"short", "5 characters are too few to learn from, at least 1000"),
+    (b"short", r"5 characters \(white space not counted\) are too few to learn from, at least 1000"),
     (b"a" * 2000 + b"\0" + b"a" * 2000, "byte 2000 is NUL"),
     (b"a" * (2**20 + 5) + b"\0", "byte 1048581 is NUL"),
     ("abc".encode("utf-16"), "NUL"),
