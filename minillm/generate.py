@@ -39,7 +39,7 @@ def keep_min_p(logits, p):
 
 # %% ../notebooks/08_generation.ipynb #5b8e6d05
 def penalize(logits, seen, penalty):
-    """Divide the positive and multiply the negative logits of the tokens in seen, bool (b, v) (Keskar et al. 2019, 4.1)."""
+    """Divide the positive and multiply the negative logits of the tokens in seen, bool (b, v), as libraries do after Keskar et al. 2019, 4.1."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 # %% ../notebooks/08_generation.ipynb #78204fad
