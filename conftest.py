@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:    # workers with several threads each would slow each other down many times over
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ     # pytest -n 2
+if PARALLEL:                # workers with several threads each would slow each other down many times over
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 failed = {}    # notebook: its first cell that failed
@@ -21,3 +22,12 @@ def pytest_runtest_setup(item):
     """Later cells need what earlier ones define: one cause, one failure in the report."""
     if item.path in failed:
         pytest.skip(f"{failed[item.path]} of this notebook failed")
+
+
+def pytest_collection_modifyitems(items):
+    """In parallel, the last chapter goes first: it needs nearly all stages of the model, and builds them while the other worker does
+    what needs none. The rest of the chapters that start from a stage come last, and find it built."""
+    if PARALLEL:
+        chapters = {item.path for item in items if item.path.suffix == ".ipynb"}
+        staged = {path for path in chapters if "import recipes" in path.read_text(encoding="utf-8")}
+        items.sort(key=lambda item: 0 if item.path == max(staged, default=None) else 2 if item.path in staged else 1)

@@ -8,7 +8,7 @@ import torch
 from minillm import recipes, scorecard
 from minillm.data import ENDOFTEXT
 from minillm.generate import stream
-from minillm.sft import encode_prompt
+from minillm.sft import answer_room, encode_prompt
 
 ANSWER = 200      # tokens that an answer may have: a story and some more
 
@@ -35,13 +35,11 @@ def own_text(paths):
 
 
 def answer(stage, messages, seed=0):
-    """Print the answer to a dialogue while it is generated; returns it. Raises ValueError if the dialogue is too long."""
-    ids, limit = torch.tensor([encode_prompt(messages, stage.tokenizer)], device=recipes.device()), stage.model.config.max_seq_len
-    room = min(ANSWER, limit - ids.shape[1])
-    if room < 1:
-        raise ValueError(f"this dialogue has {ids.shape[1]} tokens, and the model reads {limit}: say it in fewer words")
-    text = ""
-    for piece in stream(stage.model, stage.tokenizer, ids, room, stop=stage.tokenizer.special_tokens[ENDOFTEXT], temperature=0.5, seed=seed):
+    """Print the answer to a dialogue while it is generated; returns it. Raises ValueError if it leaves no room."""
+    ids, text = encode_prompt(messages, stage.tokenizer), ""
+    room, end = min(ANSWER, answer_room(ids, stage.model)), stage.tokenizer.special_tokens[ENDOFTEXT]
+    ids = torch.tensor([ids], device=recipes.device())
+    for piece in stream(stage.model, stage.tokenizer, ids, room, stop=end, temperature=0.5, seed=seed):
         print(piece, end="", flush=True)
         text += piece
     print()
@@ -57,8 +55,7 @@ def chat(prompt):
     if prompt is not None:
         answer(stage, [{"role": "user", "content": prompt}])
         return
-    print('Try "Tell a story about a shy alpaca and a kite.", then ask about the kite by its full name, "Who has the yellow kite?" '
-          "if it is yellow. An empty line ends the talk.")
+    print('Try "Tell a story about a shy alpaca and a kite.", then "Who has the kite?" An empty line ends the talk.')
     messages = []
     while line := ask().strip():
         messages.append({"role": "user", "content": line})

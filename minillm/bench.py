@@ -14,7 +14,8 @@ import transformers
 from minillm.generate import generate
 from minillm.model import Llama, LlamaConfig
 from minillm.tokenizer import PATTERN, Tokenizer
-from minillm.train import AdamW, clip_gradients, default_precision, token_loss
+from minillm.optim import AdamW
+from minillm.train import clip_gradients, default_precision, token_loss
 
 SHAPES = {"S": LlamaConfig(vocab_size=1024, dim=128, n_layers=4, n_heads=4, n_kv_heads=4, hidden_dim=344),
           "M": LlamaConfig(vocab_size=1024, dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768)}

@@ -1,7 +1,6 @@
 """Checkpoints: files from which a killed run goes on as if nothing had happened, and a Ctrl-C that waits for the end of a step."""
 import hashlib
 import json
-import os
 import re
 import signal
 import threading
@@ -11,6 +10,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from minillm.files import replacing
+
 SEAL = re.compile(rb'(?<="sha256":")[0-9a-f]{64}(?=")')
 
 
@@ -18,7 +19,7 @@ def save_checkpoint(folder, model, optimizer, history, keep=2, run=None):
     """Write folder/step-NNNNNNNN.safetensors: weights, optimizer state, random state of the CPU, and as metadata the
     history, whose length is the position in the data, the settings of the run, and a SHA-256 over the file.
 
-    Atomic: a temporary file is renamed. Of the steps so far, the newest `keep` files are kept. Returns the path.
+    Atomic, see files.replacing. Of the steps so far, the newest `keep` files are kept. Returns the path.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,11 +30,8 @@ def save_checkpoint(folder, model, optimizer, history, keep=2, run=None):
     data = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()}, meta)
     data = SEAL.sub(hashlib.sha256(data).hexdigest().encode(), data, 1)
     path = folder / f"step-{len(history):08d}.safetensors"
-    with open(path.with_suffix(".tmp"), "wb") as file:
+    with replacing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())            # on the disk before it has its name, should the power fail
-    os.replace(path.with_suffix(".tmp"), path)
     for old in sorted(p for p in folder.glob("step-*.safetensors") if p <= path)[:-keep]:
         old.unlink()
     return path

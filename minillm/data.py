@@ -8,16 +8,16 @@ __all__ = ['ENDOFTEXT', 'IGNORE', 'HEADER', 'encode_document', 'clean', 'duplica
 # Text for training: clean, deduplicate, filter, split, pack, and stream from disk.
 import hashlib
 import json
-import os
 import re
 import unicodedata
 import zlib
 from collections import defaultdict
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
+
+from .files import replacing
 
 ENDOFTEXT = "<|endoftext|>"     # stands before the first document and after each
 IGNORE = -100                   # the target of a position that does not count, torch's default ignore_index
@@ -200,23 +200,18 @@ def write_tokens(path, documents, tokenizer):
     """Encodes `documents` (an iterable of str), one by one, into a file for `read_tokens`; returns the number of tokens.
 
     The file appears under its name when it is whole. uint16, or uint32 from 65,536 tokens in the vocabulary on."""
-    path, dtype, crc, n = Path(path), "<u2" if tokenizer.n_vocab < 2**16 else "<u4", 0, 0
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(bytes(HEADER))
-            for text in documents:
-                ids = np.array(encode_document(text, tokenizer)[n > 0:], dtype)   # one <|endoftext|> between two documents
-                crc, n = zlib.crc32(ids, crc), n + len(ids)
-                file.write(ids)
-            if n == 0:
-                raise ValueError(f"no document to write to {path}")
-            header = {"minillm": "tokens", "dtype": dtype, "tokens": n, "crc32": crc, "tokenizer": fingerprint(tokenizer)}
-            file.seek(0)
-            file.write(json.dumps(header).ljust(HEADER).encode())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    dtype, crc, n = "<u2" if tokenizer.n_vocab < 2**16 else "<u4", 0, 0
+    with replacing(path) as file:
+        file.write(bytes(HEADER))
+        for text in documents:
+            ids = np.array(encode_document(text, tokenizer)[n > 0:], dtype)   # one <|endoftext|> between two documents
+            crc, n = zlib.crc32(ids, crc), n + len(ids)
+            file.write(ids)
+        if n == 0:
+            raise ValueError(f"no document to write to {path}")
+        header = {"minillm": "tokens", "dtype": dtype, "tokens": n, "crc32": crc, "tokenizer": fingerprint(tokenizer)}
+        file.seek(0)
+        file.write(json.dumps(header).ljust(HEADER).encode())
     return n
 
 # %% ../notebooks/06_data.ipynb #d7622658

@@ -29,7 +29,7 @@ from minillm.train import TrainConfig, train
 from minillm.words import HARBOUR
 from minillm.world import World
 
-CODE = ("attention", "data", "layers", "model", "recipes", "rope", "tokenizer", "train", "words", "world")
+CODE = ("attention", "bpe", "data", "layers", "model", "optim", "recipes", "rope", "tokenizer", "train", "words", "world")
 # Those of the chat have their rows from the start, as LLaMA 3 has reserved ones, so that no later stage must grow the model.
 SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
 
@@ -118,7 +118,7 @@ def lora(bar=True):
 
 def dpo(bar=True):
     """The chat model tuned on preferences: of its own answers to a question, the one with the greatest true reward is chosen."""
-    return build("dpo", DPO, make_dpo, bar, chat(bar), ("dpo", "generate"))
+    return build("dpo", DPO, make_dpo, bar, chat(bar), ("dpo", "generate", "lean"))
 
 
 def training_texts(recipe):

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['USER', 'ASSISTANT', 'ROLES', 'check_dialogue', 'control_ids', 'encode_dialogue', 'encode_prompt', 'Dialogues',
-           'finetune', 'replies', 'reply', 'distill_loss']
+           'finetune', 'replies', 'answer_room', 'reply', 'distill_loss']
 
 # %% ../notebooks/11_instruct.ipynb #31fdb028
 # Instruction tuning: the chat template, the mask of what is learnt, batches of dialogues, fine-tuning, replies, distillation.
@@ -124,15 +124,21 @@ def replies(model, tokenizer, prompts, n=1, temperature=0.0, max_new_tokens=40, 
     return answers
 
 # %% ../notebooks/11_instruct.ipynb #11eb3752
+def answer_room(prompt, model):
+    """How many tokens an answer may have after `prompt`, the ids of encode_prompt. Raises ValueError if there is no room for one."""
+    used, limit = len(prompt), model.config.max_seq_len
+    if used >= limit:
+        raise ValueError(f"the dialogue has {used} tokens, and max_seq_len={limit} leaves no room for an answer: drop its oldest turns")
+    return limit - used
+
+
 def reply(model, tokenizer, messages, max_new_tokens=200, temperature=0.0, seed=0):
     """The model's answer to a dialogue that ends with the user's message, cut off after max_new_tokens or at the end of the context.
 
     Raises ValueError if the dialogue leaves no room for an answer, and as encode_prompt and generate.
     """
-    used, limit = len(encode_prompt(messages, tokenizer)), model.config.max_seq_len
-    if used >= limit:
-        raise ValueError(f"the dialogue has {used} tokens, and max_seq_len={limit} leaves no room for an answer: drop its oldest turns")
-    return replies(model, tokenizer, [messages], 1, temperature, min(max_new_tokens, limit - used), seed=seed, partial=True)[0][0]
+    room = min(max_new_tokens, answer_room(encode_prompt(messages, tokenizer), model))
+    return replies(model, tokenizer, [messages], 1, temperature, room, seed=seed, partial=True)[0][0]
 
 # %% ../notebooks/11_instruct.ipynb #12e94487
 def distill_loss(teacher, temperature=2.0):

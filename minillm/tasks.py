@@ -17,8 +17,15 @@ ASK = {
     "place": (("Where is {x}?", "Where is {x} now?", "Tell me where {x} is."), "{x} is {}", PLACE),
 }
 TELL = ("Tell a story about {}.", "Tell me a story about {}.", "Please tell a story about {}.", "Can you tell a story about {}?")
-SMALL_TALK = (("Hello!", "Hello! Shall I tell you a story?"), ("Who are you?", "I am a small language model. I tell stories."),
-              ("Thank you!", "You are welcome."), ("What can you do?", "I tell stories and answer questions about them."))
+ANY = ("Tell a story.", "Tell me a story.", "Please tell a story.", "Can you tell a story?", "Tell another story.", "Yes, please.")
+SMALL_TALK = {    # answer: what is said to get it
+    "Hello! What shall I tell a story about?": ("Hello!", "Hello", "Hi!", "Hi", "Hey!", "Good morning!", "Good evening!"),
+    "I am a small language model. I tell stories.": ("Who are you?", "What are you?", "What is your name?"),
+    "You are welcome.": ("Thank you!", "Thank you.", "Thanks!", "Thanks", "Thank you very much!"),
+    "I tell stories and answer questions about them.": ("What can you do?", "What do you do?", "Help!", "How does this work?"),
+    "I am well, thank you.": ("How are you?", "How do you do?"),
+    "Goodbye!": ("Goodbye!", "Bye!", "Bye", "Good night!"),
+}
 
 
 def capital(words):
@@ -77,6 +84,11 @@ class Question:
         return truth + {"polite": 0.5, "plain": 0.0, "rude": -0.5}[manner]
 
 
+def called(thing, story, rng):
+    """How a question names a thing of the story: in full, or in three of ten without its colour, if there is one such thing only."""
+    return f"the {thing.noun}" if rng.random() < 0.3 and [t.noun for t in story.things].count(thing.noun) == 1 else thing.name
+
+
 def questions(story, region, rng, n):
     """n different questions about the end of a story, about three in ten of them unanswerable."""
     present = {c.name for c in story.characters} | {t.name for t in story.things}
@@ -84,8 +96,9 @@ def questions(story, region, rng, n):
     missing = [x for c in region.colours for x in (f"the {c} {rng.choice(region.things)}",) if x not in present]
     people, places = len(story.characters), len(set(story.places))
     guesses = {"holder": people + 2, "thing": (people + 1) * places + 1, "place": places + 1}
-    known = [("holder", t.name, t.holder.name if t.holder else "nobody") for t in story.things]
-    known += [("thing", t.name, f"is with {t.holder.name}, {t.holder.place}" if t.holder else f"lies {t.place}") for t in story.things]
+    known = [("holder", called(t, story, rng), t.holder.name if t.holder else "nobody") for t in story.things]
+    known += [("thing", called(t, story, rng), f"is with {t.holder.name}, {t.holder.place}" if t.holder else f"lies {t.place}")
+              for t in story.things]
     known += [("place", c.name, c.place) for c in story.characters]
     unknown = [("holder", rng.choice(missing), None), ("thing", rng.choice(missing), None), ("place", rng.choice(others), None)]
     k = min(len(unknown), max(n - len(known), sum(rng.random() < 0.3 for _ in range(n))))
@@ -98,24 +111,27 @@ def request(story, rng):
     """An instruction that this story follows ("Tell a story about a shy alpaca and a kite."), and the words the story must have."""
     hero, thing = story.characters[0], rng.choice(story.things)
     subject = hero.name if rng.random() < 0.2 else f"{with_article(hero.trait)} {hero.kind}"
-    return rng.choice(TELL).format(f"{subject} and {with_article(thing.noun)}"), (subject.split(" ", 1)[-1], thing.noun)
+    named = [subject, with_article(thing.noun)]
+    if rng.random() < 0.5:
+        named.reverse()
+    return rng.choice(TELL).format(" and ".join(named)), (subject.split(" ", 1)[-1], thing.noun)
 
 
-def dialogue(story, region, rng):
-    """A dialogue around a story: it is read out or asked for, then questions follow; here and there is small talk."""
+def dialogue(story, region, rng, another=None):
+    """A dialogue around a story, which is asked for or read out, and questions follow; then `another` may be asked for. Here and there
+    is small talk."""
     messages = []
-    asked = questions(story, region, rng, 5)
-    first = asked[0].text
-    if rng.random() < 0.4:
-        messages += [say("user", request(story, rng)[0]), say("assistant", story.text)]
-    else:
-        first = f"{story.told} {first}"
-    for i, question in enumerate(asked):
-        manner = rng.choice(tuple(MANNERS))
-        messages += [say("user", question.text if i else first), say("assistant", question.answer(manner))]
-    if rng.random() < 0.2:
-        (opening, answer), at = rng.choice(SMALL_TALK), 2 * rng.randrange(len(messages) // 2 + 1)
-        messages[at:at] = [say("user", opening), say("assistant", answer)]
+    for each in (story, another) if another else (story,):
+        told = each is another or rng.random() < 0.4
+        if told:
+            wish = rng.choice(ANY) if rng.random() < 0.15 else request(each, rng)[0]
+            messages += [say("user", wish), say("assistant", each.text)]
+        for i, question in enumerate(questions(each, region, rng, 2 if another else 5)):
+            text = question.text if told or i else f"{each.told} {question.text}"
+            messages += [say("user", text), say("assistant", question.answer(rng.choice(tuple(MANNERS))))]
+    for _ in range(rng.choice((0, 0, 1, 2))):
+        answer, at = rng.choice(tuple(SMALL_TALK)), 2 * rng.randrange(len(messages) // 2 + 1)
+        messages[at:at] = [say("user", rng.choice(SMALL_TALK[answer])), say("assistant", answer)]
     return messages
 
 
@@ -126,8 +142,10 @@ def seeded(n, split, region, purpose):
 
 
 def dialogues(n, split="train", region=VALLEY):
-    """n dialogues as lists of messages {"role", "content"}, user first, for training."""
-    return [dialogue(story, region, rng) for story, rng in seeded(n, split, region, "dialogue")]
+    """n dialogues as lists of messages {"role", "content"}, user first, for training; in every fifth, a second story is asked for."""
+    world = World(region)
+    return [dialogue(story, region, rng, world.sample(f"another {i}", split) if i % 5 == 0 else None)
+            for i, (story, rng) in enumerate(seeded(n, split, region, "dialogue"))]
 
 
 def exams(n, split="heldout", region=VALLEY):

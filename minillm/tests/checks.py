@@ -4,9 +4,9 @@ import re
 from copy import deepcopy
 
 import nbformat
-from nbdev.export import nb_export
 
 from minillm.exercise import CHECK, stamp, strip, without_outputs
+from minillm.modules import write_modules
 
 BOOTSTRAP = """\
 import importlib.util
@@ -97,19 +97,19 @@ def package_problems(root, scratch):
     for path in sorted(root.glob("notebooks/*.ipynb")):
         copied = scratch / "notebooks" / path.name
         copied.write_bytes(path.read_bytes())
-        nb_export(str(copied), str(scratch / "minillm"))
-        for module in re.findall(r"#\|\s*default_exp\s+(\S+)", "\n".join(cell.source for cell in code_cells(read(path)))):
-            writers.setdefault(f"{module}.py", []).append(path.name)
+        try:
+            for module in write_modules(copied, scratch / "minillm"):
+                writers.setdefault(module, []).append(path.name)
+        except ValueError as error:
+            problems.append(str(error))
     if not writers:
         problems.append("no notebook exports a module")
     for module, names in writers.items():
         if len(names) > 1:
             problems.append(f"{module} is exported by several notebooks: {names}")
         fresh, stored = scratch / "minillm" / module, root / "minillm" / module
-        if not fresh.exists():
-            problems.append(f"{names[0]} names {module}, but exports nothing")
-        elif not stored.exists() or stored.read_text(encoding="utf-8") != fresh.read_text(encoding="utf-8"):
-            problems.append(f"{module} is not what {names[0]} exports: run nb-export (edited the notebook) "
+        if not stored.exists() or stored.read_text(encoding="utf-8") != fresh.read_text(encoding="utf-8"):
+            problems.append(f"{module} is not what {names[0]} exports: run python -m minillm.modules (edited the notebook) "
                             "or nbdev-update (edited the module)")
     for path in sorted(root.glob("minillm/*.py")):
         if GENERATED in path.read_text(encoding="utf-8") and path.name not in writers:

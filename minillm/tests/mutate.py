@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 import nbformat
-from nbdev.export import nb_export
+
+from minillm.modules import write_modules
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def mutants(source):
                 continue
             body, doc = node.body, node.body[:1] if ast.get_docstring(node) else []
             node.body = doc + ast.parse("return None").body if node.name != "__init__" else doc + [ast.Pass()]
-            yield (f"{parent.name}." if parent is not tree else "") + node.name, "#| export\n" + ast.unparse(tree)
+            yield (f"{parent.name}." if parent is not tree else "") + node.name, ast.unparse(tree)
             node.body = body
 
 
@@ -59,16 +60,17 @@ def survivors(course, name):
     for index, cell in enumerate(nbformat.reads(original.decode(), as_version=4).cells):
         if not re.match(r"#\|\s*export", cell.source):
             continue
+        directive = cell.source.partition("\n")[0]
         for function, source in mutants(cell.source):
             notebook = nbformat.reads(original.decode(), as_version=4)
-            notebook.cells[index].source = source
+            notebook.cells[index].source = f"{directive}\n{source}"
             nbformat.write(notebook, path)
-            nb_export(str(path), str(course / "minillm"))
+            write_modules(path, course / "minillm")
             noticed = failure(course, name)
             print(f"{name} {function}: {'noticed' if noticed else 'NOT NOTICED'}", flush=True)
             unnoticed += [] if noticed else [function]
     path.write_bytes(original)
-    nb_export(str(path), str(course / "minillm"))
+    write_modules(path, course / "minillm")
     return unnoticed
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from minillm.checkpoint import resume
 from minillm.model import Llama, LlamaConfig
 from minillm.tests.test_train import Batches, names, settings, tiny, weights
-from minillm.train import AdamW, load_checkpoint, save_checkpoint, train
+from minillm.optim import AdamW
+from minillm.train import load_checkpoint, save_checkpoint, train
 
 
 # ---- killed runs
@@ -53,7 +54,7 @@ def run(where, checkpoint):      # in a process of its own; where: ("batch", i),
 assert run(None, folder + "/whole") == 0
 batches, saves = sorted(chance.sample(range(8, 79), 4)), [chance.randrange(1, 13) * 3]
 places = [("batch", i) for i in batches] + [("save", i) for i in saves]
-places.sort(key=lambda place: place[1] / (2 if place[0] == "batch" else 1))
+places.sort(key=lambda place: (place[1] / (2 if place[0] == "batch" else 1), place[0] == "batch"))      # step 9 is saved, then reads batch 18
 for place in places:
     assert run(place, folder + "/killed") == signal.SIGKILL, place
 for _ in range(3):

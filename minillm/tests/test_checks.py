@@ -3,10 +3,10 @@ from shutil import copy
 
 import nbformat
 import pytest
-from nbdev.export import nb_export
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from minillm.exercise import stamp, strip
+from minillm.modules import write_modules
 from minillm.tests.checks import (BOOTSTRAP, chapter_problems, code_cells, exercise_problems, link_problems, package_problems,
                                   run_problems, solution_problems)
 
@@ -83,12 +83,12 @@ def test_chapter_problems(sources, expected):
 
 @pytest.fixture
 def package(tmp_path):
-    """A course of one chapter, and the module exported from it."""
+    """A course of one chapter, and the two modules exported from it."""
     root = tmp_path / "course"
     (root / "notebooks").mkdir(parents=True)
-    cells = "#| default_exp a", "#| export\nfrom minillm.b import g", "#| export\ndef f(x): return g(x)"
+    cells = "#| default_exp a", "#| export\nfrom minillm.b import g", "#| export\ndef f(x): return g(x)", "#| export b\ndef g(x): return x"
     nbformat.write(executed(*map(new_code_cell, cells)), root / "notebooks/01_a.ipynb")
-    nb_export(str(root / "notebooks/01_a.ipynb"), str(root / "minillm"))
+    write_modules(root / "notebooks/01_a.ipynb", root / "minillm")
     return root
 
 
@@ -102,6 +102,12 @@ def test_package_problems_pass_a_sound_package(package, tmp_path):
     assert package_problems(package, empty_folder(tmp_path / "scratch")) == []
 
 
+def test_exporting_again_changes_nothing(package):
+    before = {path.name: path.read_text() for path in package.glob("minillm/*")}
+    assert write_modules(package / "notebooks/01_a.ipynb", package / "minillm") == sorted(before) == ["a.py", "b.py"]
+    assert {path.name: path.read_text() for path in package.glob("minillm/*")} == before
+
+
 def edit_module(root):
     module = root / "minillm/a.py"
     module.write_text(module.read_text() + "\n")
@@ -112,8 +118,8 @@ def edit_notebook(root):
     notebook.write_text(notebook.read_text().replace("return g", "return 2 * g"))
 
 
-def export_nothing(root):
-    nbformat.write(executed(new_code_cell("#| default_exp c")), root / "notebooks/02_c.ipynb")
+def add_notebook(*sources):
+    return lambda root: nbformat.write(executed(*map(new_code_cell, sources)), root / "notebooks/02_c.ipynb")
 
 
 @pytest.mark.parametrize("spoil, expected", [
@@ -122,7 +128,9 @@ def export_nothing(root):
     (lambda root: (root / "minillm/a.py").unlink(), "a.py is not what 01_a.ipynb exports"),
     (lambda root: copy(root / "minillm/a.py", root / "minillm/old.py"), "old.py has no notebook"),
     (lambda root: copy(root / "notebooks/01_a.ipynb", root / "notebooks/02_b.ipynb"), "exported by several notebooks"),
-    (export_nothing, "02_c.ipynb names c.py, but exports nothing"),
+    (add_notebook("#| default_exp c"), "02_c.ipynb: `#| default_exp NAME` names"),
+    (add_notebook("#| export\nC = 1"), "02_c.ipynb: `#| default_exp NAME` names"),
+    (add_notebook("#| export a\nA = 1"), "a.py is exported by several notebooks"),
     (lambda root: (root / "notebooks/01_a.ipynb").unlink(), "no notebook exports a module"),
 ])
 def test_package_problems(package, tmp_path, spoil, expected):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from minillm.generate import (KVCache, distribution, generate, make_caches, pad_left, penalize, pieces, seen_tokens, speculate,
+from minillm.generate import (KVCache, distribution, generate, make_caches, pad_left, penalize, pieces, seen_tokens,
                               stream)
 from minillm.model import Llama, LlamaConfig
 from minillm.tokenizer import Tokenizer

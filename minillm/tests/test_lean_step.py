@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from minillm.generate import generate, is_plain, make_caches, product, runner, steps
+from minillm.generate import generate, make_caches, steps
+from minillm.lean import is_plain, product, runner
 from minillm.layers import RMSNorm
 from minillm.model import Llama
 from minillm.tests.test_generate import IDS, build, uncached

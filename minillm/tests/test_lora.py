@@ -8,8 +8,9 @@ from torch import nn
 
 from minillm.data import Rows
 from minillm.lora import (TARGETS, LoraLinear, add_lora, load_adapter, load_lora, lora_shapes, lora_state_dict, merge_lora,
-                          remove_lora, save_adapter, to_nf4)
+                          remove_lora, save_adapter)
 from minillm.model import Llama, LlamaConfig
+from minillm.nf4 import to_nf4
 from minillm.train import TrainConfig, train
 
 CONFIG = LlamaConfig(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48)

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from minillm.lora import NF4, NF4Linear, add_lora, merge_lora, nf4_dequantize, nf4_quantize, to_nf4
+from minillm.lora import add_lora, merge_lora
+from minillm.nf4 import NF4, NF4Linear, nf4_dequantize, nf4_quantize, to_nf4
 from minillm.tests.test_lora import ids, model
 
 PAPER = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

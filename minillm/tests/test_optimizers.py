@@ -7,7 +7,8 @@ from torch import nn
 
 from minillm.model import Llama, LlamaConfig
 from minillm.tests.test_train import Batches, settings, tiny, weights
-from minillm.train import AdamW, backward, clip_gradients, learning_rate, load_checkpoint, Muon, token_loss, train, TrainConfig
+from minillm.optim import AdamW, Muon
+from minillm.train import backward, clip_gradients, learning_rate, load_checkpoint, token_loss, train, TrainConfig
 
 
 def test_adamw_is_torchs():

@@ -25,7 +25,7 @@ def small(monkeypatch, tmp_path):
     two answers that a judge could rank, so the pairs are made of the true answers."""
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
     model = replace(recipes.STORIES.model, vocab_size=300, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=48,
-                    max_seq_len=1024)
+                    max_seq_len=1536)
     training = replace(recipes.STORIES.training, steps=6, warmup=2)
     monkeypatch.setattr(recipes, "STORIES", replace(recipes.STORIES, model=model, training=training, stories=64))
     monkeypatch.setattr(recipes, "FILES", replace(recipes.FILES, model=replace(model, max_seq_len=64), training=training))
@@ -93,7 +93,7 @@ def test_chat_answers_one_prompt_and_nothing_else_on_stdout(small, capsys):
     assert capsys.readouterr().out == first.out
 
 
-@pytest.mark.parametrize("prompt, word", [("", "empty"), (" \n", "empty"), ("Where is Ida? " * 200, "1024")])
+@pytest.mark.parametrize("prompt, word", [("", "empty"), (" \n", "empty"), ("Where is Ida? " * 300, "1536")])
 def test_bad_prompts(small, capsys, prompt, word):
     assert command.main(["chat", "--prompt", prompt]) == 2
     captured = capsys.readouterr()

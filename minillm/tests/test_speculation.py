@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from minillm.generate import speculate, verify
+from minillm.speculate import speculate, verify
 from minillm.tests.test_generate import IDS, MODEL, build, uncached
 
 

@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 import regex
 
-from minillm.tokenizer import PATTERN, Tokenizer, bpe, check_text, checksum, count_pieces, train_merges
+from minillm.bpe import bpe, train_merges
+from minillm.tokenizer import PATTERN, Tokenizer, check_text, checksum, count_pieces
 from minillm.world import World
 
 END = "<|endoftext|>"
