@@ -84,9 +84,9 @@ class Question:
         return truth + {"polite": 0.5, "plain": 0.0, "rude": -0.5}[manner]
 
 
-def called(thing, story, rng):
-    """How a question names a thing of the story: in full, or in three of ten without its colour, if there is one such thing only."""
-    return f"the {thing.noun}" if rng.random() < 0.3 and [t.noun for t in story.things].count(thing.noun) == 1 else thing.name
+def called(thing, rng):
+    """How a question names a thing: in full, or in three of ten without its colour, since a story has no two things of a kind."""
+    return f"the {thing.noun}" if rng.random() < 0.3 else thing.name
 
 
 def questions(story, region, rng, n):
@@ -96,8 +96,8 @@ def questions(story, region, rng, n):
     missing = [x for c in region.colours for x in (f"the {c} {rng.choice(region.things)}",) if x not in present]
     people, places = len(story.characters), len(set(story.places))
     guesses = {"holder": people + 2, "thing": (people + 1) * places + 1, "place": places + 1}
-    known = [("holder", called(t, story, rng), t.holder.name if t.holder else "nobody") for t in story.things]
-    known += [("thing", called(t, story, rng), f"is with {t.holder.name}, {t.holder.place}" if t.holder else f"lies {t.place}")
+    known = [("holder", called(t, rng), t.holder.name if t.holder else "nobody") for t in story.things]
+    known += [("thing", called(t, rng), f"is with {t.holder.name}, {t.holder.place}" if t.holder else f"lies {t.place}")
               for t in story.things]
     known += [("place", c.name, c.place) for c in story.characters]
     unknown = [("holder", rng.choice(missing), None), ("thing", rng.choice(missing), None), ("place", rng.choice(others), None)]

@@ -1,10 +1,12 @@
 """Stages, cache and command line, on recipes small enough for seconds."""
+import ast
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +55,20 @@ def test_a_stage_is_built_once(small, monkeypatch):
     logits = [second[name].model(ids) for name in STAGES]
     assert not any(torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i]), "a stage is the same as one before it"
     assert not list((small / "cache").glob("*.part"))
+
+
+@pytest.mark.parametrize("stage", ["base", "dpo"])
+def test_the_key_of_a_stage_covers_all_code_that_its_code_imports(stage, monkeypatch):
+    """But for how files are read and written, which changes nothing in a model, and the recipes, which import everything."""
+    codes = []
+    monkeypatch.setattr(recipes, "build", lambda *arguments: codes.extend(arguments[5:6]))
+    getattr(recipes, stage)()
+    keyed = {*recipes.CODE, *(module for code in codes for module in code)}
+    for module in keyed - {"recipes"}:
+        tree = ast.parse(Path(recipes.__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+        own = {node.module.removeprefix("minillm.") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+               and (node.level or node.module.startswith("minillm."))}
+        assert own <= keyed | {"checkpoint", "files"}, module
 
 
 def test_a_stage_is_built_anew_when_the_one_before_it_changes(small, monkeypatch):
