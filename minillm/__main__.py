@@ -2,12 +2,14 @@
 import argparse
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 import torch
 
-from minillm import recipes, scorecard
+from minillm import recipes, scorecard, serve as server
 from minillm.data import ENDOFTEXT
 from minillm.generate import stream
+from minillm.hub import save_gguf, save_pretrained
 from minillm.sft import answer_room, encode_prompt
 
 ANSWER = 200      # tokens that an answer may have: a story and some more
@@ -20,7 +22,7 @@ def arc():
     rows = [scorecard.bounds()[1], scorecard.score("base", base.model, base.tokenizer)]
     print(scorecard.table(rows))
     chat = recipes.chat()
-    for name in "chat", "lora", "dpo":
+    for name in "chat", "lora", "dpo", "int8":
         stage = getattr(recipes, name)()
         rows.append(scorecard.score(name, stage.model, stage.tokenizer, None if name == "chat" else chat.model))
         print(scorecard.table(rows))
@@ -75,16 +77,50 @@ def ask():
         return ""
 
 
+def export(folder, gguf):
+    """Write the newest stage to FOLDER as files that transformers and llama.cpp open. What is lacking is built first."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():      # said at once, not after minutes of building
+        raise ValueError(f"{folder} is a file: name a folder")
+    with redirect_stdout(sys.stderr):
+        stage = recipes.dpo()
+    save_pretrained(stage.model, stage.tokenizer, folder)
+    print(f"{folder}: open it with transformers' AutoModelForCausalLM and AutoTokenizer, or minillm.hub.from_pretrained")
+    if gguf:
+        save_gguf(stage.model, stage.tokenizer, folder / f"minillm-{gguf}.gguf", gguf)
+        print(f"{folder / f'minillm-{gguf}.gguf'}: open it with llama.cpp")
+
+
+def serve(host, port):
+    """Talk with the newest stage in a browser, or from any program that speaks to OpenAI's interface. What is lacking is built first."""
+    with redirect_stdout(sys.stderr):
+        stage = recipes.dpo()
+    try:
+        server.serve(stage.model, stage.tokenizer, "minillm", host, port)
+    except KeyboardInterrupt:
+        print("\nThe server has ended.")
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m minillm", description=__doc__, epilog="Finished stages are kept in the user's "
                                      "cache folder, or in the one that MINILLM_CACHE names. Ctrl-C keeps a checkpoint: the same command goes on.")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="learn from these UTF-8 text files instead of the story world")
-    what = parser.add_subparsers(dest="what", metavar="[chat]")
+    what = parser.add_subparsers(dest="what", metavar="[chat | export | serve]")
     what.add_parser("chat", help=chat.__doc__).add_argument("--prompt", help="answer this once, on stdout, and end")
+    exporting = what.add_parser("export", help=export.__doc__)
+    exporting.add_argument("folder", metavar="FOLDER")
+    exporting.add_argument("--gguf", nargs="?", const="f16", choices=("f32", "f16", "q8_0"), help="and a GGUF file (f16 if no type is given)")
+    serving = what.add_parser("serve", help=serve.__doc__)
+    serving.add_argument("--host", default="127.0.0.1", help="address to listen on, by default %(default)s, this machine only; there is no password")
+    serving.add_argument("--port", type=int, default=8000, help="by default %(default)s")
     options = parser.parse_args(arguments)
     try:
         if options.what == "chat":
             chat(options.prompt)
+        elif options.what == "export":
+            export(options.folder, options.gguf)
+        elif options.what == "serve":
+            serve(options.host, options.port)
         elif options.text:
             own_text(options.text)
         else:
@@ -92,7 +128,7 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the last checkpoint.")
         return 130
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"minillm: {error}", file=sys.stderr)
         return 2
     return 0

@@ -9,6 +9,7 @@ import torch
 
 from minillm.data import IGNORE, encode_document
 from minillm.generate import generate
+from minillm.quantize import size_bytes
 from minillm.sft import replies
 from minillm.tasks import exams
 from minillm.train import token_loss
@@ -84,8 +85,8 @@ def speed(model, tokenizer, new_tokens=64):
 
 
 def size_mb(model):
-    """Megabytes (10^6 bytes) of the weights, a shared one counted once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    """Megabytes (10^6 bytes) of the weights, floats or codes and scales, a shared one counted once."""
+    return size_bytes(model) / 1e6
 
 
 def accuracy(model, tokenizer, asked):

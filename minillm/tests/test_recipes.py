@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from minillm import __main__ as command, recipes, scorecard
-from minillm.tasks import exams
 from minillm.checkpoint import read_checkpoint
+from minillm.gguf import read_gguf
+from minillm.hub import from_pretrained
+from minillm.tasks import exams
 from minillm.words import HARBOUR
 from minillm.world import World
 
@@ -97,8 +99,28 @@ def test_the_command_builds_every_stage_and_its_row(small, capsys):
     assert command.main([]) == 0
     shown = capsys.readouterr().out
     assert "Before training" in shown and "After training" in shown and scorecard.LEGEND in shown
-    rows = [line.split()[0] for line in shown[shown.rindex("stage"):].splitlines() if line.split()][:6]
-    assert rows == ["stage", "(bounds)", *STAGES]
+    rows = [line.split()[0] for line in shown[shown.rindex("stage"):].splitlines() if line.split()][:7]
+    assert rows == ["stage", "(bounds)", *STAGES, "int8"]
+
+
+def test_export_writes_files_that_open_again(small, capsys):
+    assert command.main(["export", str(small / "out"), "--gguf"]) == 0
+    stage, (model, tokenizer) = recipes.dpo(bar=False), from_pretrained(small / "out")
+    ids = torch.randint(300, (2, 40))
+    assert torch.equal(model(ids), stage.model(ids)) and tokenizer.vocab == stage.tokenizer.vocab
+    assert len(read_gguf(small / "out" / "minillm-f16.gguf")[1]) == len(model.state_dict())
+    assert "Before training" not in capsys.readouterr().out
+    (small / "file").touch()
+    assert command.main(["export", str(small / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_serve_gets_the_newest_stage(small, monkeypatch):
+    calls = []
+    monkeypatch.setattr(command.server, "serve", lambda *arguments: calls.append(arguments))
+    assert command.main(["serve", "--port", "0"]) == 0
+    (model, tokenizer, *rest), = calls
+    assert rest == ["minillm", "127.0.0.1", 0] and torch.equal(model.lm_head.weight, recipes.dpo(bar=False).model.lm_head.weight)
 
 
 def test_chat_answers_one_prompt_and_nothing_else_on_stdout(small, capsys):

@@ -1,0 +1,289 @@
+"""GGUF files: against the reader of the package gguf, against llama.cpp, and against damage."""
+import json
+import os
+import random
+import struct
+import tracemalloc
+import urllib.request
+
+import gguf as reference
+import numpy as np
+import pytest
+import torch
+import xllamacpp
+
+from minillm.generate import generate
+from minillm.gguf import dequantize_q8_0, nearest, pack_string, quantize_q8_0, read_gguf, write_gguf
+from minillm.hub import CHAT_TEMPLATE, llama3_factors, save_gguf
+from minillm.llamacpp import gguf_name, interleave
+from minillm.lora import add_lora
+from minillm.model import LlamaConfig
+from minillm.sft import encode_prompt
+from minillm.tests.test_hub import SCALED, SMALL, SPECIAL, make, nasty
+from minillm.tokenizer import Tokenizer
+from minillm.world import World
+
+WIDE = LlamaConfig(**{**vars(SMALL), "dim": 64, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 100})
+
+
+@pytest.fixture(scope="module", name="tokenizer")
+def small_tokenizer():
+    return Tokenizer.train([story.text for story in World().stories(300)], 512, SPECIAL)
+
+
+@pytest.fixture
+def path(tokenizer, tmp_path):
+    save_gguf(make(WIDE), tokenizer, tmp_path / "m.gguf", "f16")
+    return tmp_path / "m.gguf"
+
+
+def contents(reader):
+    return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("config", [WIDE, SCALED, LlamaConfig(**{**vars(WIDE), "tie_embeddings": True})])
+def test_the_reference_reads_the_same(config, dtype, tokenizer, tmp_path):
+    model = make(config)
+    save_gguf(model, tokenizer, tmp_path / "m.gguf", dtype)
+    metadata, tensors = read_gguf(tmp_path / "m.gguf")
+    theirs = reference.GGUFReader(tmp_path / "m.gguf")
+    assert contents(theirs) == metadata and [t.name for t in theirs.tensors] == list(tensors)
+    kinds = {"tokenizer.ggml.token_type": "INT32", "tokenizer.ggml.tokens": "STRING", "tokenizer.ggml.add_bos_token": "BOOL",
+             "llama.rope.freq_base": "FLOAT32", "llama.attention.layer_norm_rms_epsilon": "FLOAT32", "llama.context_length": "UINT32",
+             "general.architecture": "STRING", "general.file_type": "UINT32"}
+    assert {key: theirs.fields[key].types[-1].name for key in kinds} == kinds
+    state = {gguf_name(n): w for n, w in model.state_dict().items()}
+    if config.tie_embeddings:
+        state.pop("output.weight")
+    assert tensors.keys() - {"rope_freqs.weight"} == state.keys()
+    for t in theirs.tensors:
+        w = tensors[t.name]
+        odd = dtype == "q8_0" and len(t.shape) > 1 and t.shape[0] % 32
+        assert t.tensor_type.name == ("F32" if len(t.shape) == 1 else "F16" if odd else dtype.upper())
+        assert tuple(w.shape) == tuple(int(n) for n in reversed(t.shape)) and t.data_offset % 32 == 0
+        assert np.array_equal(reference.quants.dequantize(t.data, t.tensor_type).ravel(), w.float().numpy().ravel())
+        if dtype == "f32" and ("attn_q" in t.name or "attn_k" in t.name):
+            h = config.n_heads if "attn_q" in t.name else config.n_kv_heads
+            assert torch.equal(w.view(h, -1, 2, config.dim).transpose(1, 2).reshape(w.shape), state[t.name])
+        elif dtype == "f32" and t.name != "rope_freqs.weight":
+            assert torch.equal(w, state[t.name])
+    assert ("rope_freqs.weight" in tensors) == (config is SCALED)
+    if config is SCALED:
+        assert torch.equal(tensors["rope_freqs.weight"], llama3_factors(config))
+
+
+def test_the_tokenizer_in_the_file(path, tokenizer):
+    metadata = read_gguf(path)[0]
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(kinds) == len({*tokens}) == 600 == metadata["llama.vocab_size"]
+    assert [tokens[i] for i in range(600) if kinds[i] == 3] == list(SPECIAL) and kinds[512:] == [5] * 88 and tokens[512] == "[PAD512]"
+    assert metadata["tokenizer.ggml.pre"] == "llama-bpe" and metadata["tokenizer.ggml.add_bos_token"] is False
+    assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.special_tokens["<|endoftext|>"]
+    assert metadata["tokenizer.chat_template"] == CHAT_TEMPLATE and len(metadata["tokenizer.ggml.merges"]) == len(tokenizer.merges)
+
+
+def test_interleaving_is_a_permutation_within_each_head():
+    rows = torch.arange(24)[:, None]
+    moved = interleave(rows, 3).flatten()
+    assert moved[:8].tolist() == [0, 4, 1, 5, 2, 6, 3, 7] and (moved[8:16] - 8).tolist() == moved[:8].tolist()
+    assert sorted(moved.tolist()) == list(range(24))
+
+
+@pytest.mark.parametrize("w", [torch.randn(64, 320), torch.zeros(2, 32), torch.full((2, 32), 1e-9), torch.full((1, 32), -3.0), torch.randn(8, 64) * 1e4,
+                               torch.arange(-64, 64).float().view(4, 32) / 2, torch.full((1, 32), 1e-40), torch.randn(3, 4, 64)])
+def test_q8_0_is_that_of_the_reference(w):
+    with np.errstate(all="ignore"):
+        theirs = reference.quants.quantize(w.numpy(), reference.GGMLQuantizationType.Q8_0).reshape(-1, 34)
+    ours = quantize_q8_0(w)
+    assert np.array_equal(ours.numpy(), theirs)
+    back = dequantize_q8_0(ours).view(w.shape)
+    assert back.isfinite().all() and (back - w).abs().max() <= 0.6 * w.abs().max() / 127 + 1e-7
+
+
+def test_halves_go_away_from_zero():
+    assert nearest(torch.tensor([0.5, -0.5, 1.5, 2.5, -2.5, 0.49999997, 126.5, 0.0])).tolist() == [1, -1, 2, 3, -3, 0, 127, 0]
+
+
+def test_values_of_every_type_are_read(tmp_path):
+    writer = reference.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, value in {"uint8": 200, "int8": -3, "uint16": 60000, "int16": -300, "uint32": 2**32 - 1, "int32": -2**31, "float32": 0.5, "bool": True,
+                        "string": "naïve 猫", "uint64": 2**64 - 1, "int64": -2**63, "float64": 0.1}.items():
+        getattr(writer, f"add_{name}")(name, value)
+    writer.add_array("list", [1, 2, 3])
+    writer.add_array("names", ["a", "", "猫"])
+    writer.add_tensor("w", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.add_tensor("v", np.arange(5, dtype=np.float16))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    metadata, tensors = read_gguf(tmp_path / "m.gguf")
+    assert metadata == contents(reference.GGUFReader(tmp_path / "m.gguf")) and metadata["uint64"] == 2**64 - 1 and metadata["float64"] == 0.1
+    assert tensors["w"].tolist() == [[0, 1, 2], [3, 4, 5]] and tensors["v"].dtype == torch.float16 and tensors["v"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_metadata_of_every_kind_that_we_write(tmp_path):
+    metadata = {"a": 1, "b": 0.25, "c": "", "d": True, "e": [], "f": [-1, 2], "g": ["x", "猫"], "h": 2**32 - 1, "i": [0.5, 1.5]}
+    write_gguf(tmp_path / "m.gguf", metadata, {"w": torch.ones(2, 32), "v": torch.ones(3)}, "q8_0")
+    back, tensors = read_gguf(tmp_path / "m.gguf")
+    assert back == metadata == contents(reference.GGUFReader(tmp_path / "m.gguf")) and torch.allclose(tensors["w"], torch.ones(2, 32), atol=1e-3)
+
+
+# ---- what does not fit
+
+
+def test_what_cannot_be_written_leaves_nothing(tokenizer, tmp_path):
+    model, target = make(WIDE), tmp_path / "m.gguf"
+    with pytest.raises(ValueError, match="dtype must be f32, f16 or q8_0: got 'q4_K'"):
+        save_gguf(model, tokenizer, target, "q4_K")
+    with pytest.raises(ValueError, match="name a file"):
+        save_gguf(model, tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="name a file"):
+        save_gguf(model, tokenizer, tmp_path / "nowhere" / "m.gguf")
+    with pytest.raises(ValueError, match="512 tokens, the model only 400"):
+        save_gguf(make(LlamaConfig(**{**vars(WIDE), "vocab_size": 400})), tokenizer, target)
+    with pytest.raises(ValueError, match="base_layer.* has no place"):
+        save_gguf(add_lora(make(WIDE), 2, 4), tokenizer, target)
+    words = Tokenizer.train([story.text for story in World().stories(50)], 300, pattern=r"\w+|\W")
+    with pytest.raises(ValueError, match="no name for the pattern"):
+        save_gguf(model, words, target)
+    for value, dtype in ((70000.0, "f16"), (-1e7, "q8_0"), (float("nan"), "f32"), (float("inf"), "f32")):
+        broken = make(WIDE)
+        broken.model.layers[1].mlp.up_proj.weight.data[3, 3] = value
+        with pytest.raises(ValueError, match="tensor blk.1.ffn_up.weight has a weight that"):
+            save_gguf(broken, tokenizer, target, dtype)
+    assert os.listdir(tmp_path) == []
+    target.write_text("mine")
+    with pytest.raises(ValueError):
+        save_gguf(broken, tokenizer, target, "f32")
+    assert target.read_text() == "mine"
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    whole = tmp_path / "m.gguf"
+    write_gguf(whole, {"a": 1, "names": ["x", "yy"], "numbers": [1, 2]}, {"w": torch.ones(2, 32), "v": torch.ones(3)}, "q8_0")
+    data = whole.read_bytes()
+    for n in range(len(data) - 32):                 # what is missing at the end may be padding only
+        whole.write_bytes(data[:n])
+        with pytest.raises(ValueError, match="m.gguf"):
+            read_gguf(whole)
+
+
+def test_damage_is_an_error_or_harmless(path):
+    data, rng = path.read_bytes(), random.Random(0)
+    head = data.index(b"output_norm.weight") + 60
+    for i in range(150):
+        copy = bytearray(data)
+        for _ in range(rng.randrange(1, 4)):
+            copy[rng.choice((rng.randrange(24), rng.randrange(400), rng.randrange(head)))] = rng.choice((0, 255, 128, rng.randrange(256)))
+        path.write_bytes(copy)
+        try:
+            read_gguf(path)
+        except ValueError as error:
+            assert "m.gguf" in str(error)
+
+
+HEAD = struct.pack("<4sI", b"GGUF", 3)
+
+
+def info(name, shape, kind, offset):
+    return pack_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def file_of(*infos, data=b""):
+    head = HEAD + struct.pack("<QQ", len(infos), 0) + b"".join(infos)
+    return head + bytes(-len(head) % 32) + data
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "header"), (b"GGUF", "header"), (b"GGML" + bytes(20), "not GGUF of version 3"), (struct.pack("<4sIQQ", b"GGUF", 2, 0, 0), "version 2"),
+    (struct.pack(">4sIQQ", b"GGUF", 3, 0, 0), "not GGUF of version 3"),
+    (HEAD + struct.pack("<QQ", 0, 2**64 - 1), "the metadata"), (HEAD + struct.pack("<QQ", 2**64 - 1, 0), "the list of tensors"),
+    (HEAD + struct.pack("<QQ", 2**60, 2**60), "the metadata"),
+    (HEAD + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 2**63) + bytes(20), "key 0"),
+    (HEAD + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 2) + b"\xff\xff" + bytes(20), "not UTF-8"),
+    (HEAD + struct.pack("<QQ", 0, 1) + pack_string("k") + struct.pack("<IQ", 8, 2**62), "k: "),
+    (HEAD + struct.pack("<QQ", 0, 1) + pack_string("k") + struct.pack("<IQ", 13, 0), "k has the unknown type 13"),
+    (HEAD + struct.pack("<QQ", 0, 1) + pack_string("k") + struct.pack("<IIQ", 9, 4, 2**62), "k: "),
+    (HEAD + struct.pack("<QQ", 0, 1) + pack_string("k") + struct.pack("<IIQ", 9, 8, 2**61), "k: "),
+    (HEAD + struct.pack("<QQ", 0, 1) + pack_string("k") + struct.pack("<IIQ", 9, 9, 1) + bytes(20), "k has the unknown type 9"),
+    (HEAD + struct.pack("<QQ", 0, 1) + pack_string("k") + struct.pack("<IIQ", 9, 77, 1) + bytes(20), "k has the unknown type 77"),
+    (HEAD + struct.pack("<QQ", 0, 2) + 2 * (pack_string("k") + struct.pack("<II", 4, 1)), "the key k comes twice"),
+    (HEAD + struct.pack("<QQ", 0, 1) + pack_string("general.alignment") + struct.pack("<II", 4, 0), "power of two"),
+    (HEAD + struct.pack("<QQ", 0, 1) + pack_string("general.alignment") + struct.pack("<II", 4, 24), "power of two"),
+    (HEAD + struct.pack("<QQ", 0, 1) + pack_string("general.alignment") + struct.pack("<I", 8) + pack_string("32"), "power of two"),
+    (file_of(info("w", [2**40, 2**40], 0, 0)), "data of tensor w"), (file_of(info("w", [2**63, 2], 0, 0)), "data of tensor w"),
+    (file_of(info("w", [2**32, 2**32], 0, 0), data=bytes(64)), "data of tensor w"), (file_of(info("w", [0, 2**63], 0, 0)), "tensor w"),
+    (file_of(info("w", [4], 0, 32), data=bytes(64)), "tensor w.* expected"), (file_of(info("w", [4], 0, 2**63), data=bytes(64)), "tensor w"),
+    (file_of(info("w", [4], 0, 0), info("v", [4], 0, 0), data=bytes(64)), "tensor v.* at 32"), (file_of(info("w", [33], 8, 0), data=bytes(64)), "whole blocks"),
+    (file_of(info("w", [4], 12, 0), data=bytes(64)), "tensor w has type 12"), (file_of(info("w", [], 0, 0), data=bytes(64)), "0 dimensions"),
+    (file_of(info("w", [1] * 5, 0, 0), data=bytes(64)), "5 dimensions"), (HEAD + struct.pack("<QQ", 1, 0) + pack_string("w") + struct.pack("<I", 2**31) + bytes(64), "dimensions"),
+    (file_of(info("w", [4], 0, 0), info("w", [4], 0, 32), data=bytes(64)), "tensor w comes twice"), (file_of(info("w", [8], 0, 0), data=bytes(31)), "data of tensor w"),
+])
+def test_hostile_files(content, message, tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message) as caught:
+            read_gguf(path)
+        assert "m.gguf" in str(caught.value) and tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+
+def test_paths_that_are_no_files(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        read_gguf(tmp_path)
+    with pytest.raises(ValueError, match="is not there"):
+        read_gguf(tmp_path / "m.gguf")
+
+
+# ---- llama.cpp itself
+
+
+def ask(server, path, **body):
+    """The JSON that llama.cpp's server answers."""
+    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def opened(tokenizer, tmp_path_factory):
+    """A model, and llama.cpp's server on its file, by type."""
+    model, folder, servers = make(WIDE), tmp_path_factory.mktemp("gguf"), {}
+    for dtype in ("f32", "f16", "q8_0"):
+        save_gguf(model, tokenizer, folder / f"{dtype}.gguf", dtype)
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = str(folder / f"{dtype}.gguf"), 512, 1, 1
+        settings.verbosity, settings.warmup = -1, False
+        servers[dtype] = xllamacpp.Server(settings)
+    return model, servers
+
+
+def test_llama_cpp_has_the_same_ids(opened, tokenizer):
+    _, servers = opened
+    texts = [story.text for story in World().stories(100, "heldout")] + [text for text in nasty(200, seed=2) if "\0" not in text]
+    for text in texts:
+        ids = ask(servers["f32"], "/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+        assert ids == tokenizer.encode(text, allowed_special="all"), repr(text)
+
+
+@pytest.mark.parametrize("dtype, n, least", [("f32", 32, 10), ("f16", 32, 8), ("q8_0", 1, 8)])
+def test_llama_cpp_continues_as_we_do(opened, tokenizer, dtype, n, least):
+    """Ten beginnings, n tokens each, greedy. The weights are random, so that two tokens may be all but equally likely: rounded
+    weights may decide otherwise, and where they do all that follows differs."""
+    model, servers = opened
+    end, same = tokenizer.special_tokens["<|endoftext|>"], 0
+    for story in World().stories(10, "heldout"):
+        ids = [end] + tokenizer.encode(story.text)[:20]
+        ours = generate(model, torch.tensor([ids]), n, temperature=0)[0, len(ids):].tolist()
+        same += ask(servers[dtype], "/completion", prompt=ids, n_predict=n, temperature=0, return_tokens=True, ignore_eos=True)["tokens"] == ours
+    assert same >= least
+
+
+def test_llama_cpp_talks_by_the_template(opened, tokenizer):
+    model, servers = opened
+    messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who are you?"}]
+    for request, wanted in (messages, encode_prompt(messages, tokenizer)), (messages[:1], encode_prompt(messages[:1], tokenizer)):
+        prompt = ask(servers["f32"], "/apply-template", messages=request)["prompt"]
+        assert ask(servers["f32"], "/tokenize", content=prompt, add_special=False, parse_special=True)["tokens"] == wanted
