@@ -25,5 +25,5 @@ def write_modules(notebook, folder="minillm"):
 
 
 if __name__ == "__main__":
-    for path in sys.argv[1:]:
+    for path in sys.argv[1:] or sys.exit(__doc__):
         print(f"{path}: {', '.join(write_modules(path))}")

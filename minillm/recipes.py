@@ -202,6 +202,7 @@ def make_chat(recipe, before, checkpoints, bar):
 
 
 def make_lora(recipe, before, checkpoints, bar):
+    torch.manual_seed(0)         # A is random: the same whether the stages before were built just now or loaded
     add_lora(before.model, RANK, ALPHA)
     if bar:
         print(f"\nLoRA: {recipe.examples:,} dialogues from the harbour, an adapter of rank {RANK}.")
