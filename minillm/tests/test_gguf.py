@@ -19,7 +19,8 @@ from minillm.llamacpp import gguf_name, interleave
 from minillm.lora import add_lora
 from minillm.model import LlamaConfig
 from minillm.sft import encode_prompt
-from minillm.tests.test_hub import SCALED, SMALL, SPECIAL, make, nasty
+from minillm.tests.test_hf_tokenizer import nasty
+from minillm.tests.test_hub import SCALED, SMALL, SPECIAL, make
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
