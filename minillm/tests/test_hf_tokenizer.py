@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Rust
 
 from minillm.checked import load_tokenizer, parse_tokenizer
 from minillm.hf_tokenizer import spell, tokenizer_json
-from minillm.hub import from_pretrained, save_pretrained
+from minillm.hub import save_pretrained
 from minillm.sft import encode_dialogue, encode_prompt
 from minillm.tasks import dialogues
 from minillm.tests.test_hub import SPECIAL, folder, make, tokenizer

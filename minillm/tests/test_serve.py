@@ -1,5 +1,4 @@
 """The chat server: what clients get, in OpenAI's form, and that it goes on serving after whatever they do."""
-import http.client
 import json
 import os
 import re

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import torch
-import uvicorn
 
 from minillm import serve
 from minillm.tests.server import GOOD, ask, client, endless, error_of, joined, model, port, script, send, settled

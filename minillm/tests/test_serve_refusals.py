@@ -1,5 +1,4 @@
 """What the server refuses: fields, bodies, paths, prompts and pages from elsewhere, each with its status."""
-import http.client
 import json
 
 import openai
