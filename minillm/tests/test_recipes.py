@@ -1,6 +1,7 @@
 """Stages, cache and command line, on recipes small enough for seconds."""
 import ast
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,12 @@ def test_a_stage_is_built_once(small, monkeypatch):
     logits = [second[name].model(ids) for name in STAGES]
     assert not any(torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i]), "a stage is the same as one before it"
     assert not list((small / "cache").glob("*.part"))
+
+
+def test_an_adapter_is_the_same_whether_chat_was_built_just_now_or_loaded(small):
+    first = recipes.lora(bar=False)
+    shutil.rmtree(small / "cache" / first.key)
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), recipes.lora(bar=False).model.parameters()))
 
 
 @pytest.mark.parametrize("stage", ["base", "dpo"])

@@ -1,0 +1,77 @@
+"""GGUF files in llama.cpp itself: the same ids, the same continuations, the same template."""
+import json
+import random
+import urllib.request
+
+import pytest
+import torch
+import xllamacpp
+
+from minillm.generate import generate
+from minillm.hub import save_gguf
+from minillm.sft import encode_prompt
+from minillm.tests.test_gguf import WIDE
+from minillm.tests.test_hf_tokenizer import nasty
+from minillm.tests.test_hub import SPECIAL, make
+from minillm.tokenizer import Tokenizer
+from minillm.world import World
+
+
+def ask(server, path, **body):
+    """The JSON that llama.cpp's server answers."""
+    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+def numbers(n, seed):
+    """Numbers of up to nine digits: patterns differ in how they cut them."""
+    rng = random.Random(seed)
+    return " ".join(str(rng.randrange(10**9)) for _ in range(n))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([story.text for story in World().stories(300)] + [numbers(3000, 0)], 600, SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def opened(tokenizer, tmp_path_factory):
+    """A model, and llama.cpp's server on its file, by type."""
+    model, folder, servers = make(WIDE), tmp_path_factory.mktemp("gguf"), {}
+    for dtype in ("f32", "f16", "q8_0"):
+        save_gguf(model, tokenizer, folder / f"{dtype}.gguf", dtype)
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = str(folder / f"{dtype}.gguf"), 512, 1, 1
+        settings.verbosity, settings.warmup = -1, False
+        servers[dtype] = xllamacpp.Server(settings)
+    return model, servers
+
+
+def test_llama_cpp_has_the_same_ids(opened, tokenizer):
+    _, servers = opened
+    texts = [story.text for story in World().stories(100, "heldout")] + [text for text in nasty(200, seed=2) if "\0" not in text] + [numbers(50, 1)]
+    for text in texts:
+        ids = ask(servers["f32"], "/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+        assert ids == tokenizer.encode(text, allowed_special="all"), repr(text)
+
+
+@pytest.mark.parametrize("dtype, n, least", [("f32", 32, 10), ("f16", 32, 8), ("q8_0", 1, 8)])
+def test_llama_cpp_continues_as_we_do(opened, tokenizer, dtype, n, least):
+    """Ten beginnings, n tokens each, greedy. The weights are random, so that two tokens may be all but equally likely: rounded
+    weights may decide otherwise, and where they do all that follows differs."""
+    model, servers = opened
+    end, same = tokenizer.special_tokens["<|endoftext|>"], 0
+    for story in World().stories(10, "heldout"):
+        ids = [end] + tokenizer.encode(story.text)[:20]
+        ours = generate(model, torch.tensor([ids]), n, temperature=0)[0, len(ids):].tolist()
+        same += ask(servers[dtype], "/completion", prompt=ids, n_predict=n, temperature=0, return_tokens=True, ignore_eos=True)["tokens"] == ours
+    assert same >= least
+
+
+def test_llama_cpp_talks_by_the_template(opened, tokenizer):
+    model, servers = opened
+    messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Who are you?"}]
+    for request, wanted in (messages, encode_prompt(messages, tokenizer)), (messages[:1], encode_prompt(messages[:1], tokenizer)):
+        prompt = ask(servers["f32"], "/apply-template", messages=request)["prompt"]
+        assert ask(servers["f32"], "/tokenize", content=prompt, add_special=False, parse_special=True)["tokens"] == wanted
