@@ -1,4 +1,4 @@
-"""GGUF files: against the reader of the package gguf, against llama.cpp, and against damage."""
+"""GGUF files: against the reader of the package gguf, and against damage."""
 import os
 import random
 import struct
