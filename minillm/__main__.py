@@ -93,10 +93,11 @@ def export(folder, gguf):
 
 def serve(host, port):
     """Talk with the newest stage in a browser, or from any program that speaks to OpenAI's interface. What is lacking is built first."""
+    listener = server.listen(host, port)             # what is wrong with the address is said at once, not after minutes of building
     with redirect_stdout(sys.stderr):
         stage = recipes.dpo()
     try:
-        server.serve(stage.model, stage.tokenizer, "minillm", host, port)
+        server.serve(listener, stage.model, stage.tokenizer, "minillm", host)
     except KeyboardInterrupt:
         print("\nThe server has ended.")
 

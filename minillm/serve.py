@@ -22,7 +22,7 @@ from starlette.routing import Route
 from minillm.generate import pieces, steps
 from minillm.sft import answer_room, control_ids, encode_prompt
 
-BODY, BUSY = 2**20, 64       # bytes of a request; connections at a time: an answer holds a key-value cache until it is taken
+BODY, BUSY = 2**20, 64       # bytes of a request; requests at a time: an answer holds a key-value cache until it is taken
 NUMBER, COUNT = (int, float), ((int,), lambda x: x >= 1, "a whole number from 1", None)
 FIELDS = {                   # of a request: types, what else must hold, both in words, and the value when missing or null, if it may be
     "model": ((str,), bool, "the id of a model, see /v1/models"),
@@ -92,12 +92,20 @@ def read_fields(body):
     return fields
 
 
+def joined(message):
+    """A message whose content is a list of parts, as some clients send it, with their texts as one; any other as it is."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+        return message
+    return message | {"content": "".join(p["text"] for p in parts)}
+
+
 def read_prompt(messages, model, tokenizer):
     """Ids of a dialogue, and how many tokens its answer may have. Raises Refusal for what the template cannot express, which a system
     message is, too: the model has not learnt to obey one, and to drop it in silence would be to answer something else."""
     code = None
     try:
-        ids = encode_prompt(messages, tokenizer)
+        ids = encode_prompt([joined(message) for message in messages], tokenizer)
         code = "context_length_exceeded"
         return ids, answer_room(ids, model)
     except (ValueError, TypeError) as error:
@@ -156,10 +164,17 @@ def application(model, tokenizer, name, host="127.0.0.1"):
     worker, page = ThreadPoolExecutor(1), Path(__file__).with_name("chat.html").read_text(encoding="utf-8")
     models = {"object": "list", "data": [{"id": name, "object": "model", "created": int(time.time()), "owned_by": "minillm"}]}
 
+    def check_model(asked):
+        if asked != name:
+            raise Refusal(404, f"there is no model {asked!r:.80} here, only {name!r}", "model", "model_not_found")
+
+    def describe(request):
+        check_model(request.path_params["id"])
+        return JSONResponse(models["data"][0])
+
     async def complete(request):
         fields = read_fields(await read_json(request))
-        if fields["model"] != name:
-            raise Refusal(404, f"there is no model {fields['model']!r:.80} here, only {name!r}", "model", "model_not_found")
+        check_model(fields["model"])
         prompt, room = await asyncio.to_thread(read_prompt, fields["messages"], model, tokenizer)
         limit = min(fields["max_completion_tokens"] or fields["max_tokens"] or room, room)
         take = partial(asyncio.get_running_loop().run_in_executor, worker, next, answer(model, tokenizer, prompt, limit, fields))
@@ -178,22 +193,35 @@ def application(model, tokenizer, name, host="127.0.0.1"):
 
     routes = [Route("/", lambda request: HTMLResponse(page, headers={"x-frame-options": "DENY"})),
               Route("/health", lambda request: JSONResponse({"status": "ok"})), Route("/v1/models", lambda request: JSONResponse(models)),
-              Route("/v1/chat/completions", complete, methods=["POST"])]
+              Route("/v1/models/{id:path}", describe), Route("/v1/chat/completions", complete, methods=["POST"])]
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys((HTTPException, ClientDisconnect, Exception), error_json))
+    under_way = 0
 
     async def guarded(scope, receive, send):
-        refusal = foreign(Request(scope).headers, ("localhost", host.lower())) if scope["type"] == "http" else None
-        await (error_json(None, refusal) if refusal else app)(scope, receive, send)
+        nonlocal under_way
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        full = Refusal(503, f"{BUSY} requests are under way: ask again later", code="busy") if under_way >= BUSY else None
+        refusal = foreign(Request(scope).headers, ("localhost", host.lower())) or full
+        under_way += 1
+        try:
+            await (error_json(None, refusal) if refusal else app)(scope, receive, send)
+        finally:
+            under_way -= 1
     return guarded
 
 
-def serve(model, tokenizer, name, host="127.0.0.1", port=8000):
-    """Serve until Ctrl-C; port 0 takes a free one. Raises ValueError if it cannot listen there, and as application."""
-    app = application(model, tokenizer, name, host)
+def listen(host="127.0.0.1", port=8000):
+    """A socket for serve; port 0 takes a free one. Raises ValueError if it cannot listen there."""
     try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen on {host}, port {port} ({error}): choose another with --host or --port") from None
+
+
+def serve(listener, model, tokenizer, name, host="127.0.0.1"):
+    """Serve on the socket of listen(host, ...) until Ctrl-C. Raises ValueError as application."""
+    app = application(model, tokenizer, name, host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     print(f"Chat: {url}   For OpenAI's clients: {url}/v1, model {name!r}   Ctrl-C ends it", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=BUSY, timeout_graceful_shutdown=2)).run(sockets=[listener])
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)).run(sockets=[listener])

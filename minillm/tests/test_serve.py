@@ -9,10 +9,12 @@ import threading
 import time
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 
-from minillm import serve
+from minillm import recipes, serve
+from minillm.__main__ import main
 from minillm.data import ENDOFTEXT
 from minillm.generate import generate
 from minillm.sft import ASSISTANT, USER, encode_prompt
@@ -42,6 +44,17 @@ def test_a_stream_is_the_same_answer(client, port):
     assert raw.getheader("content-type").startswith("text/event-stream")
     events = raw.read().decode().split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""] and all(event.startswith("data: {") for event in events[:-2])
+
+
+def test_the_content_of_a_message_may_be_texts_in_parts(client):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "who are you?"}]}]
+    assert ask(client, parts, seed=1).choices[0].message.content == ask(client, seed=1).choices[0].message.content
+
+
+def test_a_model_by_its_name(client):
+    assert client.models.retrieve("tiny").id == "tiny" == client.models.list().data[0].id
+    with pytest.raises(openai.NotFoundError, match="no model 'a/b'"):
+        client.models.retrieve("a/b")
 
 
 def test_without_a_seed_answers_differ(client):
@@ -134,7 +147,7 @@ def test_serve_says_where_it_is_and_ends_with_control_c(model, capsys):
         visitor = threading.Thread(target=visit)
         visitor.start()
         with pytest.raises(KeyboardInterrupt):
-            serve.serve(model, TOKENIZER, "here", port=0)
+            serve.serve(serve.listen(port=0), model, TOKENIZER, "here")
         visitor.join()
     finally:
         signal.signal(signal.SIGINT, before)
@@ -143,17 +156,23 @@ def test_serve_says_where_it_is_and_ends_with_control_c(model, capsys):
 
 @pytest.mark.parametrize("where, word", [({"port": "taken"}, "--port"), ({"port": 70_000}, "70000"), ({"port": -1}, "-1"),
                                          ({"host": "no such host", "port": 0}, "no such host")])
-def test_where_it_cannot_listen(model, port, where, word):
+def test_where_it_cannot_listen(port, where, word):
     with pytest.raises(ValueError, match=word):
-        serve.serve(model, TOKENIZER, "tiny", **{key: port if value == "taken" else value for key, value in where.items()})
+        serve.listen(**{key: port if value == "taken" else value for key, value in where.items()})
 
 
-def test_it_listens_to_this_machine_only_unless_told(model, monkeypatch):
+def test_it_listens_to_this_machine_only_unless_told(monkeypatch):
     asked = []
     monkeypatch.setattr(socket, "create_server", lambda address, **_: asked.append(address) or (_ for _ in ()).throw(OSError("no")))
     with pytest.raises(ValueError):
-        serve.serve(model, TOKENIZER, "tiny")
+        serve.listen()
     assert asked == [("127.0.0.1", 8000)]
+
+
+def test_an_address_that_is_taken_is_said_before_a_model_is_built(port, monkeypatch, capsys):
+    monkeypatch.setattr(recipes, "dpo", lambda: pytest.fail("it was built"))
+    assert main(["serve", "--port", str(port)]) == 2
+    assert "--port" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_the_template(model):

@@ -138,3 +138,15 @@ def test_one_thread_generates(client, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         assert all(got.choices[0].message.content == "one" for got in pool.map(lambda _: ask(client), range(4)))
     assert len(threads) == 12 and len(set(threads)) == 1
+
+
+def test_one_request_too_many_is_told_so(client, port, monkeypatch):
+    monkeypatch.setattr(serve, "BUSY", 2)
+    with monkeypatch.context() as patch:
+        made = script(patch, endless(), 0.005)
+        streams = [ask(client, stream=True) for _ in range(2)]
+        assert error_of(send(port, body=GOOD), 503)["code"] == "busy"
+        for stream in streams:
+            stream.close()
+        settled(made)
+    assert ask(client, max_tokens=3).usage.completion_tokens
