@@ -15,7 +15,7 @@ from minillm.tests.server import TOKENIZER, LIMIT, HELLO, GOOD, ask, client, err
     ({"messages": [{"role": "user"}]}, "messages", "message 0"), ({"messages": [{"role": "user", "content": None}]}, "messages", "NoneType"),
     ({"messages": [{"role": "user", "content": 7}]}, "messages", "int"), ({"messages": [{"role": "user", "content": " "}]}, "messages", "empty"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url"}]}]}, "messages", "list"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "thinking", "text": "y"}]}]}, "messages", "list"),
     ({"messages": [{"role": "user", "content": []}]}, "messages", "empty"), ({"messages": [{"role": "user", "content": [7]}]}, "messages", "list"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, "messages", "role"),
     ({"messages": [{"role": "system", "content": "Be brief."}, *HELLO]}, "messages", "system"),
