@@ -44,7 +44,7 @@ def input_squares(model, names, batches):
 def compensation(square, damp=0.01):
     """The upper Cholesky factor U (i, i) of the inverse of square, after damp times the mean of its diagonal was added to that.
 
-    Its row j over U_jj: how the columns from j on move for each unit by which column j was moved (Frantar et al. 2022, section 3.3)."""
+    Its row j over U_jj: how the columns from j on move for each unit by which column j was moved (Frantar et al. 2022, section 4, step 3)."""
     damped = square + (damp * square.diag().mean() + 1e-12) * torch.eye(len(square), dtype=square.dtype, device=square.device)
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
 

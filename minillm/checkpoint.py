@@ -1,18 +1,13 @@
 """Checkpoints: files from which a killed run goes on as if nothing had happened, and a Ctrl-C that waits for the end of a step."""
-import hashlib
 import json
-import re
 import signal
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
-from minillm.files import replacing
-
-SEAL = re.compile(rb'(?<="sha256":")[0-9a-f]{64}(?=")')
+from minillm.files import replacing, seal, unseal
 
 
 def save_checkpoint(folder, model, optimizer, history, keep=2, run=None):
@@ -26,9 +21,7 @@ def save_checkpoint(folder, model, optimizer, history, keep=2, run=None):
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()} | {"rng": torch.get_rng_state()}
     for n in optimizer.params:
         tensors |= {f"m.{n}": optimizer.m[n], f"v.{n}": optimizer.v[n]}
-    meta = {"history": json.dumps(history), "run": json.dumps(run), "sha256": "0" * 64}
-    data = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()}, meta)
-    data = SEAL.sub(hashlib.sha256(data).hexdigest().encode(), data, 1)
+    data = seal({n: t.contiguous() for n, t in tensors.items()}, {"history": json.dumps(history), "run": json.dumps(run)})
     path = folder / f"step-{len(history):08d}.safetensors"
     with replacing(path) as file:
         file.write(data)
@@ -39,12 +32,11 @@ def save_checkpoint(folder, model, optimizer, history, keep=2, run=None):
 
 def read_checkpoint(path):
     """The tensors, history and settings in a file of save_checkpoint. Raises ValueError naming it if a byte changed."""
-    data = Path(path).read_bytes()
-    seal = SEAL.search(data)
-    if not seal or seal[0] != hashlib.sha256(SEAL.sub(b"0" * 64, data, 1)).hexdigest().encode():
-        raise ValueError(f"{Path(path).name} is damaged: its checksum does not fit its content")
-    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-    return safetensors.torch.load(data), *(json.loads(header["__metadata__"][k]) for k in ("history", "run"))
+    try:
+        tensors, meta = unseal(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name} is damaged: {error}") from None
+    return tensors, json.loads(meta["history"]), json.loads(meta["run"])
 
 
 def restore(path, tensors, history, model, optimizer=None):

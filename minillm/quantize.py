@@ -3,24 +3,22 @@
 # %% auto #0
 __all__ = ['KINDS', 'QuantizedLinear', 'to_digits', 'has_byte_products', 'byte_product', 'int8_product', 'check_int8',
            'Int8Linear', 'find_linears', 'named', 'quantize_model', 'size_bytes', 'Int4Linear', 'save_model',
-           'read_sealed', 'check_tensors', 'load_model']
+           'check_tensors', 'load_model']
 
 # %% ../notebooks/17_quantization.ipynb #caad0e5a
 # Fewer bits a weight: linear layers in int8 and int4, int8 x int8 products, outliers split off, and the files of such models.
-import hashlib
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 
-import safetensors.torch
+import safetensors
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint import SEAL
 from .codes import TINY, check_weight, dequantize_groups, pack, quantize_absmax, quantize_groups, unpack
-from .files import replacing
+from .files import replacing, seal, unseal
 from .lora import TARGETS, refuse_lora, replace_module
 from .model import Llama, LlamaConfig
 
@@ -61,7 +59,8 @@ def to_digits(x, n):
 
 
 def has_byte_products(x):
-    """Does the processor that x is on multiply int8 exactly and fast in torch._int_mm? Those with VNNI (x86, from 2019) do."""
+    """Does the processor that x is on multiply int8 exactly and fast in torch._int_mm? Those with VNNI do (x86, from 2019: instructions
+    that multiply bytes and add the products up in 32 bits)."""
     return x.device.type == "cpu" and getattr(torch.cpu, "_is_vnni_supported", bool)()
 
 
@@ -114,9 +113,9 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x):
         """x (..., in) -> (..., out). Where a gradient is asked for, by the unpacked weight."""
-        wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        rows = x.numel() // self.in_features
-        if wants_gradient or not rows or self.digits == 3 and (rows > 64 or not has_byte_products(x)):
+        rows, wants_gradient = x.numel() // self.in_features, torch.is_grad_enabled() and x.requires_grad
+        unpacking_is_faster = self.digits == 3 and (rows > 64 or not has_byte_products(x))
+        if not rows or wants_gradient or unpacking_is_faster:
             return super().forward(x)
         flat = x.float().reshape(-1, self.in_features)
         if self.outliers is None:
@@ -212,24 +211,11 @@ def save_model(model, path):
     tensors = {n: t.detach().contiguous() for n, t in model.state_dict().items()}
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
-    meta = {"minillm": "model", "config": json.dumps(asdict(model.config)), "layers": json.dumps(kinds), "sha256": "0" * 64}
-    data = safetensors.torch.save(tensors, meta)
+    data = seal(tensors, {"minillm": "model", "config": json.dumps(asdict(model.config)), "layers": json.dumps(kinds)})
     with replacing(path) as file:
-        file.write(SEAL.sub(hashlib.sha256(data).hexdigest().encode(), data, 1))
+        file.write(data)
 
 # %% ../notebooks/17_quantization.ipynb #e78183b7
-def read_sealed(path):
-    """The tensors and the metadata of a file of save_model. Raises ValueError if it is damaged or of another kind."""
-    data = Path(path).read_bytes()
-    seal = SEAL.search(data)
-    if not seal or seal[0] != hashlib.sha256(SEAL.sub(b"0" * 64, data, 1)).hexdigest().encode():
-        raise ValueError("its checksum does not fit its content")
-    meta = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-    if meta.get("minillm") != "model":
-        raise ValueError("it is no file of save_model")
-    return safetensors.torch.load(data), meta
-
-
 def check_tensors(tensors, expected):
     """Raises ValueError, naming the first tensor that differs, unless both have the same names, shapes and kinds of numbers."""
     for name in [*expected, *tensors]:
@@ -243,7 +229,9 @@ def check_tensors(tensors, expected):
 def load_model(path):
     """The Llama of a file of save_model, on the CPU, ready to use. Raises ValueError naming the file if it is damaged or no such file."""
     try:
-        tensors, meta = read_sealed(path)
+        tensors, meta = unseal(Path(path).read_bytes())
+        if meta.get("minillm") != "model":
+            raise ValueError("it is no file of save_model")
         model = Llama(LlamaConfig(**json.loads(meta["config"])))
         for name, (kind, options) in json.loads(meta["layers"]).items():
             replace_module(model, name, KINDS[kind](model.get_submodule(name), **options))

@@ -11,8 +11,8 @@ from torch import nn
 
 from minillm import quantize
 from minillm.calibrate import quantize_awq, quantize_gptq
-from minillm.checkpoint import SEAL
 from minillm.codes import dequantize_groups, quantize_absmax, quantize_groups
+from minillm.files import seal
 from minillm.generate import generate
 from minillm.lora import add_lora, merge_lora
 from minillm.model import Llama, LlamaConfig
@@ -199,11 +199,6 @@ def test_gptq_bfloat16_and_lm_head_come_back(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
-def resealed(tensors, **meta):
-    data = safetensors.torch.save(tensors, {"sha256": "0" * 64} | meta)
-    return SEAL.sub(quantize.hashlib.sha256(data).hexdigest().encode(), data, 1)
-
-
 def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     path = tmp_path / "small.safetensors"
     save_model(quantize_model(build()), path)
@@ -214,13 +209,13 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     flipped = [whole[:k] + bytes([whole[k] ^ 1]) + whole[k + 1:] for k in range(0, len(whole), 997)]
     config = json.loads(meta["config"])
     bad = [b"", b"x", whole[:7], whole[:-1], whole[:len(whole) // 2], b"\xff" * 8 + whole[8:], whole + b"\0", *flipped,
-           resealed(tensors), resealed(tensors, **(meta | {"minillm": "checkpoint"})), resealed(tensors, **(meta | {"config": "{}"})),
-           resealed(tensors, **(meta | {"config": json.dumps(config | {"dim": 18})})), resealed(tensors, **(meta | {"config": json.dumps(config | {"colour": 1})})),
-           resealed(tensors, **(meta | {"config": "no json"})), resealed(tensors, **(meta | {"layers": "{}"})),
-           resealed(tensors, **(meta | {"layers": json.dumps({"model.layers.9.mlp": ["Int8Linear", {}]})})),
-           resealed(tensors, **(meta | {"layers": json.dumps({"lm_head": ["Pickle", {}]})})),
-           resealed(tensors | {scale: tensors[scale][:3]}, **meta), resealed(tensors | {scale: tensors[scale].to(torch.int8)}, **meta),
-           resealed(tensors | {"extra": tensors[scale].clone()}, **meta), resealed({n: t for n, t in tensors.items() if n != scale}, **meta)]
+           seal(tensors, {}), seal(tensors, meta | {"minillm": "checkpoint"}), seal(tensors, meta | {"config": "{}"}),
+           seal(tensors, meta | {"config": json.dumps(config | {"dim": 18})}), seal(tensors, meta | {"config": json.dumps(config | {"colour": 1})}),
+           seal(tensors, meta | {"config": "no json"}), seal(tensors, meta | {"layers": "{}"}),
+           seal(tensors, meta | {"layers": json.dumps({"model.layers.9.mlp": ["Int8Linear", {}]})}),
+           seal(tensors, meta | {"layers": json.dumps({"lm_head": ["Pickle", {}]})}),
+           seal(tensors | {scale: tensors[scale][:3]}, meta), seal(tensors | {scale: tensors[scale].to(torch.int8)}, meta),
+           seal(tensors | {"extra": tensors[scale].clone()}, meta), seal({n: t for n, t in tensors.items() if n != scale}, meta)]
     for data in bad:
         path.write_bytes(data)
         with pytest.raises(ValueError, match="small.safetensors cannot be loaded: "):
@@ -229,7 +224,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):
             load_model(path)
-    path.write_bytes(resealed(tensors, **meta))
+    path.write_bytes(seal(tensors, meta))
     load_model(path)
     with pytest.raises(FileNotFoundError):
         load_model(tmp_path / "none")
