@@ -77,8 +77,8 @@ def ask():
         return ""
 
 
-def export(folder, gguf):
-    """Write the newest stage to FOLDER as files that transformers and llama.cpp open. What is lacking is built first."""
+def export(folder, gguf=None):
+    """Write the newest stage to FOLDER as files that transformers opens, with --gguf llama.cpp, too. What is lacking is built first."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():      # said at once, not after minutes of building
         raise ValueError(f"{folder} is a file: name a folder")
@@ -110,7 +110,8 @@ def main(arguments=None):
     what.add_parser("chat", help=chat.__doc__).add_argument("--prompt", help="answer this once, on stdout, and end")
     exporting = what.add_parser("export", help=export.__doc__)
     exporting.add_argument("folder", metavar="FOLDER")
-    exporting.add_argument("--gguf", nargs="?", const="f16", choices=("f32", "f16", "q8_0"), help="and a GGUF file (f16 if no type is given)")
+    exporting.add_argument("--gguf", action="store_true", help="and a GGUF file, minillm-TYPE.gguf, for llama.cpp")
+    exporting.add_argument("--type", choices=("f32", "f16", "q8_0"), help="how the GGUF file holds matrices, in 32, 16 or 8.5 bits a weight; by default f16")
     serving = what.add_parser("serve", help=serve.__doc__)
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on, by default %(default)s, this machine only; there is no password")
     serving.add_argument("--port", type=int, default=8000, help="by default %(default)s")
@@ -119,7 +120,9 @@ def main(arguments=None):
         if options.what == "chat":
             chat(options.prompt)
         elif options.what == "export":
-            export(options.folder, options.gguf)
+            if options.type and not options.gguf:
+                exporting.error("--type is that of a GGUF file: add --gguf")
+            export(options.folder, (options.type or "f16") if options.gguf else None)
         elif options.what == "serve":
             serve(options.host, options.port)
         elif options.text:

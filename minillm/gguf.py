@@ -5,7 +5,7 @@ __all__ = ['ALIGNMENT', 'NUMBERS', 'STRING', 'ARRAY', 'TYPES', 'BLOCK', 'pack_st
            'nearest', 'quantize_q8_0', 'dequantize_q8_0', 'tensor_kind', 'tensor_bytes', 'tensor_data', 'padded',
            'write_gguf', 'Reader', 'read_value', 'read_metadata', 'read_infos', 'read_tensor', 'read_gguf']
 
-# %% ../notebooks/19_ship.ipynb #6d841617
+# %% ../notebooks/19_ship.ipynb #a49c7f79
 # GGUF, the file format of llama.cpp: a writer, and a reader that does not trust the file.
 import math
 import struct
@@ -30,7 +30,7 @@ def kind_of(value, in_array=False):
     """The type under which a Python value is written: bool, string, float32, uint32; whole numbers in an array are int32."""
     return {bool: 7, str: STRING, float: 6, int: 5 if in_array else 4, list: ARRAY}[type(value)]
 
-# %% ../notebooks/19_ship.ipynb #b190da9c
+
 def pack_value(value, kind):
     """A metadata value as bytes. A list: the type of its elements (uint32), how many (uint64), and they."""
     if kind == STRING:
@@ -45,7 +45,7 @@ def pack_metadata(metadata):
     """{key: value} as bytes: key, type (uint32) and value, one entry after another."""
     return b"".join(pack_string(key) + struct.pack("<I", kind_of(value)) + pack_value(value, kind_of(value)) for key, value in metadata.items())
 
-# %% ../notebooks/19_ship.ipynb #25f22c5f
+# %% ../notebooks/19_ship.ipynb #cb040937
 def nearest(x):
     """The whole numbers nearest to x, halves away from zero, as C's roundf."""
     below = x.abs().floor()
@@ -56,7 +56,7 @@ def quantize_q8_0(w):
     """Weights (..., i), i a multiple of 32, as blocks of 34 bytes, uint8 (n, 34): a float16 scale, then 32 int8."""
     blocks = w.float().reshape(-1, 32)
     scale = blocks.abs().amax(1, keepdim=True) / 127
-    numbers = nearest(blocks * torch.where(scale > 0, 1 / scale, 0)).to(torch.int8)
+    numbers = nearest(blocks * torch.where(scale > 0, 1 / scale, 0)).to(torch.int8)       # a block of zeros has no scale to divide by
     return torch.cat((scale.half().view(torch.uint8), numbers.view(torch.uint8)), dim=1)
 
 
@@ -89,7 +89,7 @@ def tensor_data(w, kind):
         return quantize_q8_0(w).numpy().tobytes()
     return w.to(torch.float16 if kind == TYPES["f16"] else torch.float32).numpy().tobytes()
 
-# %% ../notebooks/19_ship.ipynb #0a946ae1
+# %% ../notebooks/19_ship.ipynb #ce40ab36
 def padded(n, alignment=ALIGNMENT):
     """n, or the next multiple of the alignment."""
     return n + -n % alignment
@@ -102,9 +102,9 @@ def write_gguf(path, metadata, tensors, dtype):
     infos, offset = b"", 0
     for name, w in tensors.items():
         kind = tensor_kind(w, dtype)
-        if not w.isfinite().all() or kind != TYPES["f32"] and w.abs().max() > 65504:       # float16 ends there
+        if not w.isfinite().all() or (kind != TYPES["f32"] and w.abs().max() > 65504):     # float16 ends there
             raise ValueError(f"{path}: tensor {name} has a weight that {dtype} cannot hold (largest {w.abs().max():g}): is the model sound?")
-        infos += pack_string(name) + struct.pack(f"<I{w.ndim}QIQ", w.ndim, *reversed(w.shape), kind, offset)
+        infos += pack_string(name) + struct.pack(f"<I{w.ndim}QIQ", w.ndim, *reversed(w.shape), kind, offset)       # IQQIQ for a matrix
         offset += padded(tensor_bytes(kind, w.shape))
     header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata)) + pack_metadata(metadata) + infos
     with replacing(path) as file:

@@ -3,13 +3,13 @@
 # %% auto #0
 __all__ = ['PRE_TOKENIZERS', 'NAMES', 'model_metadata', 'tokenizer_metadata', 'gguf_name', 'interleave', 'gguf_tensors']
 
-# %% ../notebooks/19_ship.ipynb #4aa4a372
+# %% ../notebooks/19_ship.ipynb #42544f31
 # What llama.cpp wants in a GGUF file of a LLaMA: metadata, the tokenizer, names and the order of rows.
 from einops import rearrange
 
 from .data import ENDOFTEXT
 from .gguf import ALIGNMENT
-from .hf_tokenizer import GPT2_PATTERN, spell
+from .hf_tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, spell
 from .tokenizer import PATTERN
 
 
@@ -23,8 +23,8 @@ def model_metadata(config, dtype, name):
                "general.file_type": {"f32": 0, "f16": 1, "q8_0": 7}[dtype], "general.quantization_version": 2}
     return general | {f"llama.{key}": value for key, value in llama.items()}
 
-# %% ../notebooks/19_ship.ipynb #42544f31
-PRE_TOKENIZERS = {PATTERN: "llama-bpe", GPT2_PATTERN: "gpt-2"}    # llama.cpp knows patterns by name only
+# %% ../notebooks/19_ship.ipynb #1a862bc1
+PRE_TOKENIZERS = {PATTERN: "llama-bpe", LLAMA3_PATTERN: "llama-bpe", GPT2_PATTERN: "gpt-2"}    # llama.cpp knows patterns by name only
 
 
 def tokenizer_metadata(tokenizer, vocab_size, template=None):
@@ -33,17 +33,25 @@ def tokenizer_metadata(tokenizer, vocab_size, template=None):
     Raises ValueError if llama.cpp has no name for the pattern."""
     if tokenizer.pattern not in PRE_TOKENIZERS:
         raise ValueError(f"llama.cpp has no name for the pattern {tokenizer.pattern!r}: train the tokenizer with minillm.tokenizer.PATTERN")
-    special, n = {i: s for s, i in tokenizer.special_tokens.items()}, tokenizer.n_vocab
-    tokens = [special[i] if i in special else spell(tokenizer.vocab[i]) for i in range(n)] + [f"[PAD{i}]" for i in range(n, vocab_size)]
-    kinds = [3 if i in special else 1 if i < n else 5 for i in range(vocab_size)]      # control, normal, unused
+    special, tokens, kinds = {i: s for s, i in tokenizer.special_tokens.items()}, [], []
+    for i in range(vocab_size):
+        if i in special:
+            token, kind = special[i], 3                            # control
+        elif i < tokenizer.n_vocab:
+            token, kind = spell(tokenizer.vocab[i]), 1             # normal
+        else:
+            token, kind = f"[PAD{i}]", 5                           # unused
+        tokens.append(token)
+        kinds.append(kind)
     metadata = {"model": "gpt2", "pre": PRE_TOKENIZERS[tokenizer.pattern], "tokens": tokens, "token_type": kinds,
-                "merges": [f"{spell(a)} {spell(b)}" for a, b in tokenizer.merges], "add_bos_token": False}
+                "merges": [f"{spell(a)} {spell(b)}" for a, b in tokenizer.merges],
+                "add_bos_token": False}      # the template writes it; a raw text must begin with it itself
     if (end := tokenizer.special_tokens.get(ENDOFTEXT)) is not None:
         metadata |= {"bos_token_id": end, "eos_token_id": end}
     chat = {"tokenizer.chat_template": template} if template else {}
     return {f"tokenizer.ggml.{key}": value for key, value in metadata.items()} | chat
 
-# %% ../notebooks/19_ship.ipynb #4ac16e05
+# %% ../notebooks/19_ship.ipynb #20ecf4f4
 NAMES = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
          "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
          "mlp.down_proj": "ffn_down", "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
@@ -59,7 +67,7 @@ def gguf_name(name):
     layer = f"blk.{parts[1]}." if parts[0] == "layers" else ""
     return f"{layer}{NAMES['.'.join(parts[2:] if layer else parts)]}.weight"
 
-# %% ../notebooks/19_ship.ipynb #e33256a8
+
 def interleave(w, heads):
     """Rows of w (h k, i) reordered within each head, from RoPE's pairs (m, m + k/2) of Hugging Face to llama.cpp's (2m, 2m + 1)."""
     return rearrange(w, "(h two m) i -> (h m two) i", h=heads, two=2)
@@ -68,4 +76,8 @@ def interleave(w, heads):
 def gguf_tensors(state, config):
     """{name: tensor}: the tensors of a LLaMA with the names and the order of rows that llama.cpp expects."""
     heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
-    return {gguf_name(name): interleave(w, heads[part]) if (part := name.split(".")[-2]) in heads else w for name, w in state.items()}
+    tensors = {}
+    for name, w in state.items():
+        part = name.split(".")[-2]
+        tensors[gguf_name(name)] = interleave(w, heads[part]) if part in heads else w
+    return tensors

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from minillm.gguf import dequantize_q8_0, nearest, pack_string, quantize_q8_0, read_gguf, write_gguf
-from minillm.hub import CHAT_TEMPLATE, llama3_factors, save_gguf
+from minillm.hf_tokenizer import GPT2_PATTERN, LLAMA3_PATTERN
+from minillm.hub import CHAT_TEMPLATE, from_pretrained, llama3_factors, save_gguf, save_pretrained
 from minillm.llamacpp import gguf_name, interleave
 from minillm.lora import add_lora
 from minillm.model import LlamaConfig
@@ -76,6 +77,15 @@ def test_the_tokenizer_in_the_file(path, tokenizer):
     assert metadata["tokenizer.ggml.pre"] == "llama-bpe" and metadata["tokenizer.ggml.add_bos_token"] is False
     assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.special_tokens["<|endoftext|>"]
     assert metadata["tokenizer.chat_template"] == CHAT_TEMPLATE and len(metadata["tokenizer.ggml.merges"]) == len(tokenizer.merges)
+
+
+@pytest.mark.parametrize("pattern, name", [(LLAMA3_PATTERN, "llama-bpe"), (GPT2_PATTERN, "gpt-2")])
+def test_patterns_of_published_tokenizers_have_their_names(pattern, name, tokenizer, tmp_path):
+    """A tokenizer.json that load_tokenizer opens can be written as GGUF."""
+    published = Tokenizer(tokenizer.vocab, tokenizer.merges, tuple(tokenizer.special_tokens), pattern)
+    save_pretrained(make(WIDE), published, tmp_path)
+    save_gguf(*from_pretrained(tmp_path), tmp_path / "m.gguf")
+    assert read_gguf(tmp_path / "m.gguf")[0]["tokenizer.ggml.pre"] == name
 
 
 def test_interleaving_is_a_permutation_within_each_head():

@@ -7,7 +7,7 @@ import transformers
 from tokenizers import Tokenizer as Rust
 
 from minillm.checked import load_tokenizer, parse_tokenizer
-from minillm.hf_tokenizer import spell, tokenizer_json
+from minillm.hf_tokenizer import LLAMA3_PATTERN, spell, tokenizer_json
 from minillm.hub import save_pretrained
 from minillm.sft import encode_dialogue, encode_prompt
 from minillm.tasks import dialogues
@@ -31,6 +31,16 @@ def test_ids_are_those_of_transformers(folder, tokenizer):
         assert theirs(text)["input_ids"] == ids, repr(text)
         assert theirs.decode(ids) == text
     assert theirs.eos_token == "<|endoftext|>" and theirs.pad_token is None and len(theirs) == tokenizer.n_vocab
+
+
+def test_the_pattern_of_llama_3(tokenizer):
+    data = tokenizer_json(tokenizer)
+    data["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = LLAMA3_PATTERN
+    ours, theirs = parse_tokenizer(data), Rust.from_str(json.dumps(data))
+    assert ours.pattern == LLAMA3_PATTERN
+    for text in nasty(300, seed=4):
+        if "ſ" not in text:                # engines disagree on it
+            assert ours.encode(text, allowed_special="all") == theirs.encode(text).ids, repr(text)
 
 
 def test_the_template_gives_the_ids_of_the_course(folder, tokenizer):

@@ -82,6 +82,16 @@ def test_a_folder_comes_back_and_opens_in_transformers(config, tokenizer, tmp_pa
                                                   "tokenizer_config.json"]
 
 
+@torch.no_grad()
+def test_generate_goes_on_until_the_end(folder):
+    """Without a word about the length, transformers would stop after 20 tokens."""
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), from_pretrained(folder)[0]
+    theirs.generation_config.eos_token_id = None
+    ids = torch.randint(0, 500, (1, 8), generator=torch.Generator().manual_seed(3))
+    new = theirs.generate(ids, pad_token_id=0)
+    assert new.shape == (1, 208) and torch.equal(new, generate(ours, ids, 200, temperature=0))
+
+
 @pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1},
                                       {"rms_norm_eps": 0.1}, {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
                                       {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}])

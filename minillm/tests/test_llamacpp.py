@@ -8,6 +8,7 @@ import torch
 import xllamacpp
 
 from minillm.generate import generate
+from minillm.hf_tokenizer import LLAMA3_PATTERN
 from minillm.hub import save_gguf
 from minillm.sft import encode_prompt
 from minillm.tests.test_gguf import WIDE
@@ -22,6 +23,14 @@ def ask(server, path, **body):
     request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
+
+
+def start(path):
+    """llama.cpp's server on a file."""
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = str(path), 512, 1, 1
+    settings.verbosity, settings.warmup = -1, False
+    return xllamacpp.Server(settings)
 
 
 def numbers(n, seed):
@@ -41,10 +50,7 @@ def opened(tokenizer, tmp_path_factory):
     model, folder, servers = make(WIDE), tmp_path_factory.mktemp("gguf"), {}
     for dtype in ("f32", "f16", "q8_0"):
         save_gguf(model, tokenizer, folder / f"{dtype}.gguf", dtype)
-        settings = xllamacpp.CommonParams()
-        settings.model.path, settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = str(folder / f"{dtype}.gguf"), 512, 1, 1
-        settings.verbosity, settings.warmup = -1, False
-        servers[dtype] = xllamacpp.Server(settings)
+        servers[dtype] = start(folder / f"{dtype}.gguf")
     return model, servers
 
 
@@ -54,6 +60,15 @@ def test_llama_cpp_has_the_same_ids(opened, tokenizer):
     for text in texts:
         ids = ask(servers["f32"], "/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
         assert ids == tokenizer.encode(text, allowed_special="all"), repr(text)
+
+
+def test_llama_cpp_splits_as_the_pattern_of_llama_3(opened, tokenizer, tmp_path):
+    published = Tokenizer(tokenizer.vocab, tokenizer.merges, tuple(tokenizer.special_tokens), LLAMA3_PATTERN)
+    save_gguf(opened[0], published, tmp_path / "m.gguf", "f16")
+    server = start(tmp_path / "m.gguf")
+    for text in [text for text in nasty(100, seed=3) if "\0" not in text and "ſ" not in text] + [numbers(50, 1), "DON'T, WE'LL\n\n  2026"]:
+        ids = ask(server, "/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+        assert ids == published.encode(text, allowed_special="all"), repr(text)
 
 
 @pytest.mark.parametrize("dtype, n, least", [("f32", 32, 10), ("f16", 32, 8), ("q8_0", 1, 8)])
