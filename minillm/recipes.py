@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from minillm.corpus import cache_folder, read_documents
@@ -21,12 +22,13 @@ from minillm.data import ENDOFTEXT, Rows, Windows, clean, encode_document, split
 from minillm.dpo import Pairs, count_pairs, preference_loss, sample_pairs
 from minillm.generate import generate
 from minillm.lora import add_lora
-from minillm.model import Llama, LlamaConfig
+from minillm.model import Llama
 from minillm.quantize import quantize_model
 from minillm.sft import ASSISTANT, USER, finetune
+from minillm.sizes import SIZES, chosen
 from minillm.tasks import dialogues, exams
 from minillm.tokenizer import Tokenizer
-from minillm.train import TrainConfig, train
+from minillm.train import train
 from minillm.words import HARBOUR
 from minillm.world import World
 
@@ -35,36 +37,8 @@ CODE = ("attention", "bpe", "data", "layers", "model", "optim", "recipes", "rope
 SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a base model is made. vocab_size is that of the tokenizer; stories (0: the text of files) are seen once each."""
-
-    model: LlamaConfig
-    training: TrainConfig
-    batch_size: int
-    stories: int = 0
-    texts: tuple = ()
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How a stage is made from the one before it. examples: dialogues, or questions whose answers become preference pairs."""
-
-    training: TrainConfig
-    examples: int
-    batch_size: int = 16
-
-
-STORIES = Recipe(LlamaConfig(vocab_size=896, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344, max_seq_len=512),
-                 TrainConfig(steps=1400, lr=5e-3, muon=2.0, warmup=50, min_lr=0.02), batch_size=16, stories=22400)
-# A file is read many times over, and there Muon learns it by heart (measured on Tiny Shakespeare): plain AdamW.
-FILES = replace(STORIES, model=replace(STORIES.model, vocab_size=1024, max_seq_len=256), stories=0,
-                training=replace(STORIES.training, steps=750, lr=3e-3, muon=0, weight_decay=0.3))
-CHAT = Tuning(TrainConfig(steps=560, lr=4e-3, muon=2.0, warmup=20, min_lr=0.02), examples=8960)
-LORA, RANK, ALPHA = Tuning(TrainConfig(steps=180, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0), examples=2880), 8, 16
-# float32: the loss is made of differences between sums over an answer, in which the rounding of bfloat16 shows.
-DPO, BETA = Tuning(TrainConfig(steps=40, lr=1e-4, warmup=5, weight_decay=0, precision="float32"), examples=600), 0.1
+STORIES, FILES, CHAT, LORA, DPO = (getattr(SIZES[chosen()], name) for name in ("stories", "files", "chat", "lora", "dpo"))
+RANK, ALPHA, BETA = 8, 16, 0.1            # of LoRA, and of DPO
 
 
 @dataclass
@@ -162,13 +136,28 @@ def build(name, recipe, make, bar, before=None, code=()):
     """
     folder = cache_folder() / f"{name}-{key(recipe, CODE + code, before.key if before else '')}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with only_builder(folder.with_suffix(".lock"), name):
         if not folder.exists():
             part = folder.with_suffix(".part")
             save(make(recipe, before, part / "checkpoints", bar), part)
             shutil.rmtree(part / "checkpoints")
             os.replace(part, folder)
     return load(folder, recipe, before)
+
+
+@contextmanager
+def only_builder(path, name):
+    """One process at a time is within; one that has to wait for another says so."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is at the stage {name}: waiting for it.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def make_base(recipe, before, checkpoints, bar):

@@ -3,6 +3,7 @@ import ast
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -117,6 +118,12 @@ def test_export_writes_files_that_open_again(small, capsys):
     assert torch.equal(model(ids), stage.model(ids)) and tokenizer.vocab == stage.tokenizer.vocab
     assert len(read_gguf(small / "out" / "minillm-f16.gguf")[1]) == len(model.state_dict())
     assert "Before training" not in capsys.readouterr().out
+    for order in ["--gguf", str(small / "small"), "--type", "q8_0"], [str(small / "small"), "--type", "q8_0", "--gguf"]:
+        assert command.main(["export", *order]) == 0 and (small / "small" / "minillm-q8_0.gguf").is_file()
+        (small / "small" / "minillm-q8_0.gguf").unlink()
+    with pytest.raises(SystemExit):
+        command.main(["export", str(small / "none"), "--type", "f16"])
+    assert "add --gguf" in capsys.readouterr().err and not (small / "none").exists()
     (small / "file").touch()
     assert command.main(["export", str(small / "file")]) == 2
     assert "is a file" in capsys.readouterr().err
@@ -126,8 +133,10 @@ def test_serve_gets_the_newest_stage(small, monkeypatch):
     calls = []
     monkeypatch.setattr(command.server, "serve", lambda *arguments: calls.append(arguments))
     assert command.main(["serve", "--port", "0"]) == 0
-    (model, tokenizer, *rest), = calls
-    assert rest == ["minillm", "127.0.0.1", 0] and torch.equal(model.lm_head.weight, recipes.dpo(bar=False).model.lm_head.weight)
+    (listener, model, tokenizer, *rest), = calls
+    listener.close()
+    assert listener.family == socket.AF_INET and rest == ["minillm", "127.0.0.1"]
+    assert torch.equal(model.lm_head.weight, recipes.dpo(bar=False).model.lm_head.weight)
 
 
 def test_chat_answers_one_prompt_and_nothing_else_on_stdout(small, capsys):
@@ -205,55 +214,3 @@ def test_control_c_keeps_a_checkpoint_and_the_same_command_goes_on(small):
     first, second = interrupted(), interrupted()
     assert first and len(second) > len(first)
     assert second[:len(first)] == first, "the second start began anew: the seconds of its first steps differ"
-
-
-def test_scorecard_counts_what_it_says():
-    """A model that knows every answer scores 1, one that knows none 0; an untrained one needs about log2(vocab) bits a token."""
-    stage_stories = World().stories(40, "heldout")
-    assert 0 < scorecard.chance(stage_stories) < 0.3 and 0 <= scorecard.last_named(stage_stories) <= 1
-    tokenizer = recipes.Tokenizer.train([s.text for s in stage_stories], 400)
-    model = recipes.Llama(replace(recipes.STORIES.model, vocab_size=400, max_seq_len=512))
-    assert scorecard.consistency(model, stage_stories, tokenizer) == 0
-
-    class Oracle(torch.nn.Module):
-        config = model.config
-        weight = torch.nn.Parameter(torch.zeros(1))
-
-        def __init__(self):
-            super().__init__()
-            self.register_parameter("w", self.weight)
-
-        def forward(self, ids):      # the next token of the right story, whatever the prompt
-            logits = torch.zeros(*ids.shape, 400)
-            for row, sequence in enumerate(ids.tolist()):
-                story = next(d for d in documents if d[:40] == sequence[:40])
-                n = min(len(story) - 1, len(sequence))
-                logits[row, torch.arange(n), torch.tensor(story[1:n + 1])] = 50.0
-            return logits
-
-    documents = [recipes.encode_document(s.text, tokenizer) for s in stage_stories]
-    assert scorecard.consistency(Oracle(), stage_stories, tokenizer) == 1
-    assert scorecard.bits_per_byte(Oracle(), [s.text for s in stage_stories], tokenizer) < 1e-3
-    nats = sum(len(d) - 1 for d in documents) * torch.tensor(400.0).log()
-    size = sum(len(s.text.encode()) for s in stage_stories)
-    assert abs(scorecard.bits_per_byte(model, [s.text for s in stage_stories], tokenizer) * 0.6931 * size / nats - 1) < 0.05
-
-
-def test_answers_and_wins_are_counted(monkeypatch):
-    """Four models by their answers: always polite and right, always rude and right, always silent, and always polite and wrong."""
-    asked = exams(40)
-    said = {"polite": lambda q: q.answer("polite"), "rude": lambda q: q.answer("rude"), "silent": lambda q: "",
-            "lying": lambda q: q.answer("polite", None if q.value else "Nobody" if q.about == "holder" else "lies on the moon")}
-    monkeypatch.setattr(scorecard, "replies", lambda model, tokenizer, prompts, **_: [[said[model](q)] for _, q in asked])
-    assert [scorecard.accuracy(model, None, asked) for model in said] == [1, 1, 0, 0]
-    assert scorecard.win_rate("polite", "rude", None, asked) == (1, 0) and scorecard.win_rate("rude", "polite", None, asked) == (0, 0)
-    assert scorecard.win_rate("rude", "rude", None, asked) == (0.5, 0) and scorecard.win_rate("rude", "silent", None, asked) == (1, 0)
-    said["half"] = lambda q: q.answer("polite" if asked.index(next(a for a in asked if a[1] is q)) % 2 else "rude")
-    share, half_width = scorecard.win_rate("half", "rude", None, asked)
-    assert share == 0.75 and abs(half_width - 1.96 * (0.0625 / 39 * 40 / 40) ** 0.5) < 1e-9
-
-
-def test_bounds_are_those_of_the_trials():
-    floor, row = scorecard.bounds()
-    assert 0.1 < floor < 0.3 and row["bits/byte"] == f"{floor:.4f}"
-    assert all(0 < float(row[column].rstrip("%")) < 50 for column in ("consistency", "answers", "harbour"))
