@@ -1,38 +1,42 @@
-"""Time our code beside others, in turns in one run, and print ratios of medians: `python -m minillm.bench train` (or `generate`, or `tokenize FILE`)."""
+"""Time our code beside others, in turns in one run, and print ratios of medians: `python -m minillm.bench train` (or `generate`, `quantize`, `tokenize FILE`)."""
 import argparse
-import importlib.util
+import copy
 import statistics
-import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-import tokenizers
 import torch
-import torch.nn.functional as F
-import transformers
 
 from minillm.generate import generate
+from minillm.lora import TARGETS
 from minillm.model import Llama, LlamaConfig
-from minillm.tokenizer import PATTERN, Tokenizer
 from minillm.optim import AdamW
+from minillm.peers import c_programs, dynamic_int8, hugging_face, peer_step, peers_in, rust_tokenizer
+from minillm.quantize import Int8Linear, quantize_model
+from minillm.tokenizer import Tokenizer
 from minillm.train import clip_gradients, default_precision, token_loss
 
 SHAPES = {"S": LlamaConfig(vocab_size=1024, dim=128, n_layers=4, n_heads=4, n_kv_heads=4, hidden_dim=344),
           "M": LlamaConfig(vocab_size=1024, dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768)}
 
 TALKERS = {"S": LlamaConfig(vocab_size=896, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344),
-           "M": LlamaConfig(vocab_size=32000, dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768)}
+           "M": LlamaConfig(vocab_size=32000, dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768),
+           "L": LlamaConfig(vocab_size=32000, dim=768, n_layers=12, n_heads=12, n_kv_heads=12, hidden_dim=2048)}
 
 
 def in_turns(contenders, rounds):
-    """Run each of {name: function} once to warm up, then `rounds` times in turns; returns {name: [seconds]}."""
+    """Run each of {name: function} once to warm up, then `rounds` times in turns; returns {name: [seconds]}.
+
+    A function that times itself returns its seconds, a float."""
     seconds = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, work in contenders.items():
             began = time.perf_counter()
-            work()
+            said = work()
             if turn:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(said if isinstance(said, float) else time.perf_counter() - began)
     return seconds
 
 
@@ -56,48 +60,6 @@ def our_step(config, precision, inputs, targets):
     return step
 
 
-def peer_step(model, logits_of, inputs, targets):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-
-    def step():
-        F.cross_entropy(logits_of(model).flatten(0, 1), targets.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
-
-
-def hugging_face(c):
-    """transformers' LLaMA of the same shape."""
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim, max_position_embeddings=c.max_seq_len,
-        rms_norm_eps=c.norm_eps))
-
-
-def module_at(path):
-    spec = importlib.util.spec_from_file_location(f"peer_{path.parent.name.replace('.', '_')}", path)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def peers_in(folder, c, inputs, targets):
-    """Steps of the models in checkouts of llama2.c and nanoGPT, where `folder` has them."""
-    steps = {}
-    if (path := folder / "llama2.c" / "model.py").exists():
-        m = module_at(path)
-        args = m.ModelArgs(dim=c.dim, n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads, vocab_size=c.vocab_size,
-                           hidden_dim=c.hidden_dim, max_seq_len=c.max_seq_len)
-        steps["llama2.c float32"] = peer_step(m.Transformer(args), lambda model: model(inputs, targets), inputs, targets)
-    if (path := folder / "nanoGPT" / "model.py").exists():
-        m = module_at(path)
-        config = m.GPTConfig(block_size=c.max_seq_len, vocab_size=c.vocab_size, n_layer=c.n_layers, n_head=c.n_heads,
-                             n_embd=c.dim, bias=False)
-        steps["nanoGPT float32 (GPT-2 block)"] = peer_step(m.GPT(config), lambda model: model(inputs, targets)[0], inputs, targets)
-    return steps
-
-
 def train(rounds, folder, batch=16):
     """A training step (forward, loss, backward, clipping, AdamW) of 16 x 256 tokens at both shapes."""
     for name, c in SHAPES.items():
@@ -113,34 +75,55 @@ def train(rounds, folder, batch=16):
                in_turns(contenders, rounds), targets.numel(), "tokens/s", "transformers float32")
 
 
+def greedy(model, ids, n):
+    """A function that lets transformers write n tokens after the prompts ids (b, t)."""
+    model.generation_config.eos_token_id = None
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": n, "do_sample": False, "pad_token_id": 0}
+    return lambda: model.generate(ids, **settings)
+
+
+def side_by_side(title, contenders, reference, ids, n, rounds, programs=()):
+    """Time functions that write n tokens after ids (b, 8); say how many of their tokens are those of the reference.
+
+    programs: functions of n that write from nothing, and return their seconds."""
+    written = {name: work()[:, ids.shape[1]:] for name, work in contenders.items()}
+    same = ", ".join(f"{name} {(out == written[reference]).float().mean():.0%}" for name, out in written.items() if name != reference)
+    contenders = contenders | {name: partial(work, n) for name, work in dict(programs).items()}
+    report(f"{title}, batch {len(ids)}, {torch.get_num_threads()} threads; the same tokens as {reference}: {same}",
+           in_turns(contenders, rounds), len(ids) * n, "tokens/s", reference)
+
+
+def pair(name, batch):
+    """Our model of a shape of TALKERS with random weights, transformers' with the same, prompts (batch, 8), and what they are called."""
+    c = TALKERS[name]
+    torch.manual_seed(0)
+    model, peer = Llama(c).eval(), hugging_face(c).eval()
+    peer.load_state_dict(model.state_dict())
+    return model, peer, torch.randint(c.vocab_size, (batch, 8)), f"shape {name} ({c.dim} wide, {c.n_layers} layers, vocabulary {c.vocab_size:,})"
+
+
 def write(rounds, new_tokens=64):
     """Greedy generation after a prompt of 8 tokens, with cache, batch 1 and 16, float32: tokens/s of all rows."""
-    for name, c in TALKERS.items():
-        model = Llama(c)
-        peer = hugging_face(c).eval()
-        peer.load_state_dict(model.state_dict())
-        peer.generation_config.eos_token_id = None
+    for name in ("S", "M"):
         for batch in (1, 16):
-            ids = torch.randint(c.vocab_size, (batch, 8), generator=torch.Generator().manual_seed(0))
-            settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-            contenders = {"transformers generate": lambda: peer.generate(ids, **settings),
-                          "minillm generate": lambda: generate(model, ids, new_tokens, temperature=0)}
-            ours, theirs = (work() for work in contenders.values())
-            same = (ours[:, 8:] == theirs[:, 8:]).float().mean().item()
-            report(f"Generation, shape {name} ({c.dim} wide, {c.n_layers} layers, vocabulary {c.vocab_size:,}), batch {batch}, "
-                   f"{torch.get_num_threads()} threads; {same:.0%} of the tokens are the same",
-                   in_turns(contenders, rounds), batch * new_tokens, "tokens/s", "transformers generate")
+            model, peer, ids, shape = pair(name, batch)
+            side_by_side(f"Generation, {shape}", {"transformers": greedy(peer, ids, new_tokens),
+                         "minillm": partial(generate, model, ids, new_tokens, temperature=0)}, "transformers", ids, new_tokens, rounds)
 
 
-def rust_tokenizer(text, vocab_size):
-    """The same training by Hugging Face's tokenizers, in Rust."""
-    t = tokenizers.Tokenizer(tokenizers.models.BPE())
-    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    t.train_from_iterator([text], tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
-    return t
+def shrink(rounds, folder, new_tokens=64):
+    """Greedy generation by models in int8, all linear layers, batch 1, beside float32: tokens/s."""
+    for name in ("M", "L"):
+        model, peer, ids, shape = pair(name, 1)
+        ours = {"minillm float32": model} | {
+            f"minillm {kind}": quantize_model(copy.deepcopy(model), partial(Int8Linear, digits=digits), (*TARGETS, "lm_head"))
+            for kind, digits in (("int8, exact", 3), ("int8 x int8", 1))}
+        contenders = {"transformers float32": greedy(peer, ids, new_tokens),
+                      "transformers, dynamic int8": greedy(dynamic_int8(peer), ids, new_tokens)}
+        contenders |= {kind: partial(generate, m, ids, new_tokens, temperature=0) for kind, m in ours.items()}
+        with tempfile.TemporaryDirectory() as work:
+            programs = c_programs(folder, TALKERS[name], Path(work)) if folder else {}
+            side_by_side(f"Generation in int8, {shape}", contenders, "transformers float32", ids, new_tokens, rounds, programs)
 
 
 def tokenize(rounds, path, vocab_size=1024):
@@ -162,12 +145,15 @@ def main():
     what = parser.add_subparsers(dest="what", required=True)
     what.add_parser("train", help=train.__doc__).add_argument("--peers", type=Path, help="folder with checkouts of llama2.c, nanoGPT")
     what.add_parser("generate", help=write.__doc__)
+    what.add_parser("quantize", help=shrink.__doc__).add_argument("--peers", type=Path, help="folder with a checkout of llama2.c")
     what.add_parser("tokenize", help=tokenize.__doc__).add_argument("file", type=Path)
     options = parser.parse_args()
     if options.what == "train":
         train(options.rounds, options.peers)
     elif options.what == "generate":
         write(options.rounds)
+    elif options.what == "quantize":
+        shrink(options.rounds, options.peers)
     else:
         tokenize(options.rounds, options.file)
 
