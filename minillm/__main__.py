@@ -1,6 +1,7 @@
 """Train a LLaMA on the story world and tune it to talk, or train one on your own text, and show what it learnt."""
 import argparse
 import sys
+import zlib
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from minillm import recipes, scorecard, serve as server
 from minillm.data import ENDOFTEXT
 from minillm.generate import stream
 from minillm.hub import save_gguf, save_pretrained
+from minillm.parallel import joined
 from minillm.sft import answer_room, encode_prompt
 
 ANSWER = 200      # tokens that an answer may have: a story and some more
@@ -55,7 +57,7 @@ def chat(prompt):
     with redirect_stdout(sys.stderr):
         stage = recipes.dpo()
     if prompt is not None:
-        answer(stage, [{"role": "user", "content": prompt}])
+        answer(stage, [{"role": "user", "content": prompt}], seed=zlib.crc32(prompt.encode()))      # each its own story, always the same
         return
     print('Try "Tell a story about a shy alpaca and a kite.", then "Who has the kite?" An empty line ends the talk.')
     messages = []
@@ -79,9 +81,12 @@ def ask():
 
 def export(folder, gguf=None):
     """Write the newest stage to FOLDER as files that transformers opens, with --gguf llama.cpp, too. What is lacking is built first."""
+    if not folder:
+        raise ValueError("the name of the folder is empty")
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():      # said at once, not after minutes of building
-        raise ValueError(f"{folder} is a file: name a folder")
+    for path in (folder, *folder.parents):      # said at once, not after minutes of building
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file: name a folder")
     with redirect_stdout(sys.stderr):
         stage = recipes.dpo()
     save_pretrained(stage.model, stage.tokenizer, folder)
@@ -116,21 +121,22 @@ def main(arguments=None):
     serving.add_argument("--host", default="127.0.0.1", help="address to listen on, by default %(default)s, this machine only; there is no password")
     serving.add_argument("--port", type=int, default=8000, help="by default %(default)s")
     options = parser.parse_args(arguments)
+    if options.what == "export" and options.type and not options.gguf:
+        exporting.error("--type is that of a GGUF file: add --gguf")
     try:
-        if options.what == "chat":
-            chat(options.prompt)
-        elif options.what == "export":
-            if options.type and not options.gguf:
-                exporting.error("--type is that of a GGUF file: add --gguf")
-            export(options.folder, (options.type or "f16") if options.gguf else None)
-        elif options.what == "serve":
-            serve(options.host, options.port)
-        elif options.text:
-            own_text(options.text)
-        else:
-            arc()
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from the last checkpoint.")
+        with joined():
+            if options.what == "chat":
+                chat(options.prompt)
+            elif options.what == "export":
+                export(options.folder, (options.type or "f16") if options.gguf else None)
+            elif options.what == "serve":
+                serve(options.host, options.port)
+            elif options.text:
+                own_text(options.text)
+            else:
+                arc()
+    except KeyboardInterrupt as stopped:
+        print("\nStopped. The same command goes on from the last checkpoint." if stopped.args else "\nStopped.")      # in training, or elsewhere
         return 130
     except (ValueError, OSError) as error:
         print(f"minillm: {error}", file=sys.stderr)

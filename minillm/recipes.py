@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from minillm.dpo import Pairs, count_pairs, preference_loss, sample_pairs
 from minillm.generate import generate
 from minillm.lora import add_lora
 from minillm.model import Llama
+from minillm.parallel import added_up, rank_and_world
 from minillm.quantize import quantize_model
 from minillm.sft import ASSISTANT, USER, finetune
 from minillm.sizes import SIZES, chosen
@@ -32,7 +33,7 @@ from minillm.train import train
 from minillm.words import HARBOUR
 from minillm.world import World
 
-CODE = ("attention", "bpe", "data", "layers", "model", "optim", "recipes", "rope", "tokenizer", "train", "words", "world")
+CODE = ("attention", "bpe", "data", "layers", "model", "optim", "parallel", "recipes", "rope", "tokenizer", "train", "words", "world")
 # Those of the chat have their rows from the start, as LLaMA 3 has reserved ones, so that no later stage must grow the model.
 SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
 
@@ -136,12 +137,16 @@ def build(name, recipe, make, bar, before=None, code=()):
     """
     folder = cache_folder() / f"{name}-{key(recipe, CODE + code, before.key if before else '')}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with only_builder(folder.with_suffix(".lock"), name):
-        if not folder.exists():
+    first = rank_and_world()[0] == 0
+    with only_builder(folder.with_suffix(".lock"), name) if first else nullcontext():
+        if added_up(int(first and not folder.exists()), device()):
             part = folder.with_suffix(".part")
-            save(make(recipe, before, part / "checkpoints", bar), part)
-            shutil.rmtree(part / "checkpoints")
-            os.replace(part, folder)
+            stage = make(recipe, before, part / "checkpoints", bar)
+            if first:
+                save(stage, part)
+                shutil.rmtree(part / "checkpoints")
+                os.replace(part, folder)
+        added_up(0, device())            # the others wait here until the folder is there
     return load(folder, recipe, before)
 
 

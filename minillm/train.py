@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .checkpoint import load_checkpoint, resume, save_checkpoint, stop_signal      # load_checkpoint: to be had here, too
 from .data import check_batch
 from .optim import AdamW, Muon      # section 07.3 builds them
+from .parallel import add_gradients, added_up, my_rows, rank_and_world, same_everywhere
 
 # %% ../notebooks/07_training.ipynb #76cb042f
 def token_loss(model, inputs, targets, precision="float32"):
@@ -120,16 +121,16 @@ def backward(model, micro, precision="float32", loss=token_loss, count=count_tar
     that every token weighs the same, whichever batch it is in. Raises ValueError if no target counts.
     For a loss over other items: loss(model, *batch, precision) is its sum over the items of a batch, count(*batch) their number.
     """
-    total = int(sum(count(*batch) for batch in micro))
+    device = next(model.parameters()).device
+    total = added_up(int(sum(count(*batch) for batch in micro)), device)
     if total == 0:
         raise ValueError("all targets are -100: no token to learn from. Is the mask inverted, or the answer cut off?")
-    device = next(model.parameters()).device
     mean = 0.0
     for batch in micro:
         part = loss(model, *(z.to(device) for z in batch), precision) / total
         part.backward()
         mean += part.item()
-    return mean, total
+    return added_up(mean, device), total
 
 # %% ../notebooks/07_training.ipynb #3a0d4b34
 def default_precision(device):
@@ -164,6 +165,7 @@ def begin(model, batches, c, loss=token_loss):
     model.train()
     model.zero_grad()            # what an experiment left over would count in the first step
     settings = {"betas": c.betas, "weight_decay": c.weight_decay}
+    same_everywhere(model.parameters())
     optimizer = Muon(model, c.muon, **settings) if c.muon else AdamW(model, **settings)
     run = describe_run(c, batches)
     return optimizer, resume(c.checkpoint, model, optimizer, run) if c.checkpoint else [], run
@@ -175,6 +177,7 @@ def train_step(model, micro, optimizer, step, c, precision, loss=token_loss, cou
     Raises FloatingPointError, and moves no weight, if the loss or the norm of the gradient is not finite.
     """
     mean, tokens = backward(model, micro, precision, loss, count)
+    add_gradients(optimizer.params.values())
     norm, lr = clip_gradients(optimizer.params.values(), c.clip).item(), learning_rate(step, c)
     if not math.isfinite(mean + norm):
         raise FloatingPointError(f"loss {mean}, gradient norm {norm} at step {step}: stopped before it changed the "
@@ -192,7 +195,7 @@ def train(model, batches, config, loss=token_loss, count=count_targets):
     naming the step, when loss or gradient is not finite (the weights are those before that step), KeyboardInterrupt
     after saving at Ctrl-C, ValueError for a batch or checkpoint that does not fit.
     """
-    c, device = config, next(model.parameters()).device
+    c, device, first = config, next(model.parameters()).device, rank_and_world()[0] == 0
     precision = c.precision or default_precision(device)
     optimizer, history, run = begin(model, batches, c, loss)
     forward = compiled(model, device) if c.compile else model
@@ -201,13 +204,13 @@ def train(model, batches, config, loss=token_loss, count=count_targets):
     with stop_signal() as stop, tqdm(total=c.steps, initial=len(history), disable=not c.bar, file=sys.stdout, ncols=110,
                                      mininterval=0.2 if sys.stdout.isatty() else 10) as bar:
         for step in range(len(history), c.steps):
-            micro = [batches[step * c.accumulate + i] for i in range(c.accumulate)]
+            micro = [my_rows(batches[step * c.accumulate + i]) for i in range(c.accumulate)]
             entry = train_step(forward, micro, optimizer, step, c, precision, loss, count)
             history.append(entry | {"seconds": time.perf_counter() - began})
             bar.update()
             bar.set_postfix_str(f"loss {entry['loss']:.3f}{floor}", refresh=False)
-            stopped = stop.is_set()
-            if c.checkpoint and (stopped or step + 1 == c.steps or (step + 1) % c.checkpoint_every == 0):
+            stopped = added_up(int(stop.is_set()), device) > 0
+            if first and c.checkpoint and (stopped or step + 1 == c.steps or (step + 1) % c.checkpoint_every == 0):
                 save_checkpoint(c.checkpoint, model, optimizer, history, run=run)
             if stopped:
                 saved = "; saved, the same call goes on" if c.checkpoint else ""

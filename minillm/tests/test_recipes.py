@@ -125,8 +125,9 @@ def test_export_writes_files_that_open_again(small, capsys):
         command.main(["export", str(small / "none"), "--type", "f16"])
     assert "add --gguf" in capsys.readouterr().err and not (small / "none").exists()
     (small / "file").touch()
-    assert command.main(["export", str(small / "file")]) == 2
-    assert "is a file" in capsys.readouterr().err
+    for folder, word in (small / "file", "is a file"), (small / "file" / "below", "is a file"), ("", "empty"):
+        assert command.main(["export", str(folder)]) == 2
+        assert word in capsys.readouterr().err
 
 
 def test_serve_gets_the_newest_stage(small, monkeypatch):

@@ -1,0 +1,133 @@
+"""Two processes, started by torchrun, do what one does. Run as a script, this file is what they run."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from minillm import recipes
+from minillm.data import Rows
+from minillm.model import Llama, LlamaConfig
+from minillm.parallel import add_gradients, joined, my_rows, rank_and_world
+from minillm.train import TrainConfig, backward, token_loss, train
+
+CONFIG = LlamaConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=40)
+
+
+def batches():
+    numbers = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 30, (64,), generator=numbers).tolist()         # each process has another number of tokens to learn from
+    return Rows([torch.randint(50, (n,), generator=numbers).tolist() for n in lengths], batch_size=6)
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return Llama(CONFIG)
+
+
+def trained(folder, **settings):
+    """The weights after six steps, and the losses. Processes begin with other weights: those of the first count."""
+    m = model(rank_and_world()[0])
+    config = TrainConfig(steps=6, lr=1e-2, warmup=2, bar=True, precision="float32", checkpoint=folder and str(folder), checkpoint_every=2, **settings)
+    history = train(m, batches(), config)
+    return {n: p.detach() for n, p in m.named_parameters()} | {z: torch.tensor([float(h[z]) for h in history]) for z in ("loss", "tokens")}
+
+
+def gradients(wrap):
+    """After one backward pass: by add_gradients, or by PyTorch's own DistributedDataParallel, which takes the mean of the processes."""
+    m, batch = model(), batches()[0]
+    if wrap:
+        wrapped, total = DistributedDataParallel(m), (batch[1] != -100).sum()
+        (rank_and_world()[1] * token_loss(wrapped, *my_rows(batch)) / total).backward()
+    else:
+        backward(m, [my_rows(batch)])
+        add_gradients(m.parameters())
+    return {n: p.grad for n, p in m.named_parameters()}
+
+
+def stage(setattr=setattr):
+    """The weights of a base model of a recipe cut to seconds."""
+    small = recipes.STORIES
+    training = replace(small.training, steps=6, warmup=2, precision="float32")
+    setattr(recipes, "STORIES", replace(small, model=replace(CONFIG, vocab_size=300, max_seq_len=512), training=training, stories=64))
+    return {n: p.detach() for n, p in recipes.base(bar=False).model.named_parameters()}
+
+
+RUNS = {"adamw": lambda folder: trained(None), "muon": lambda folder: trained(None, muon=2.0), "accumulate": lambda folder: trained(None, accumulate=3),
+        "checkpoint": lambda folder: trained(folder / f"steps{rank_and_world()[0]}"), "ours": lambda folder: gradients(False), "ddp": lambda folder: gradients(True)}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder in which two processes left what each run gave, a file a run, and what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout
+
+
+@pytest.mark.parametrize("run", ["adamw", "muon", "accumulate"])
+def test_two_processes_are_one_with_twice_the_batch(two, run):
+    one, limit = RUNS[run](None), 4e-3 if run == "muon" else 2e-4           # Muon rounds to bfloat16 on the way
+    for rank in "01":
+        other = load_file(two[0] / f"{run}{rank}")
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, atol=limit, rtol=1e-3, msg=lambda said: f"{run}, process {rank}, {name}: {said}")
+
+
+def test_gradients_are_those_of_ddp(two):
+    for rank in "01":
+        ours, theirs = load_file(two[0] / f"ours{rank}"), load_file(two[0] / f"ddp{rank}")
+        for name, g in gradients(False).items():
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(ours[name], g, atol=1e-6, rtol=1e-4)
+
+
+def test_only_the_first_process_prints_and_writes_checkpoints(two):
+    folder, said = two
+    assert "process 0 is here" in said and "process 1 is here" not in said
+    assert sorted(p.name for p in (folder / "steps0").iterdir()) == ["step-00000004.safetensors", "step-00000006.safetensors"]
+    assert not (folder / "steps1").exists()
+    went_on = load_file(folder / "again1")
+    assert torch.equal(went_on["loss"], load_file(folder / "checkpoint1")["loss"])
+
+
+def test_a_stage_is_built_by_all_and_written_once(two, monkeypatch):
+    first, second = (load_file(two[0] / f"stage{rank}") for rank in "01")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    monkeypatch.setenv("MINILLM_CACHE", str(two[0] / "alone"))
+    for name, value in stage(monkeypatch.setattr).items():
+        torch.testing.assert_close(value, first[name], atol=4e-3, rtol=1e-3)
+    assert [p.name for p in (two[0] / "cache").iterdir() if p.is_dir()] == [p.name for p in (two[0] / "alone").iterdir() if p.is_dir()]
+
+
+def test_a_batch_that_is_too_small_is_refused_by_name(two):
+    assert (two[0] / "refused1").read_text() == "2 processes cannot share a batch of 1 rows: make batch_size a multiple of 2"
+
+
+def test_alone_nothing_happens():
+    batch = batches()[0]
+    with joined():
+        assert rank_and_world() == (0, 1) and all(torch.equal(a, b) for a, b in zip(my_rows(batch), batch))
+
+
+if __name__ == "__main__":
+    from pathlib import Path
+    folder = Path(sys.argv[1])
+    with joined():
+        rank = rank_and_world()[0]
+        print(f"process {rank} is here")
+        for name, run in RUNS.items():
+            save_file(run(folder), folder / f"{name}{rank}")
+        save_file(trained(folder / "steps0"), folder / f"again{rank}")                  # goes on from the last checkpoint: nothing is left to do
+        os.environ["MINILLM_CACHE"] = str(folder / "cache")
+        save_file(stage(), folder / f"stage{rank}")
+        try:
+            my_rows((torch.zeros(1, 5),))
+        except ValueError as error:
+            (folder / f"refused{rank}").write_text(str(error))
