@@ -31,9 +31,10 @@ def joined():
 
 
 def my_rows(batch):
-    """This process's share of a batch, a tuple of tensors with as many rows each: every world-th row. Raises ValueError if none is left."""
+    """This process's share of a batch, a tuple of tensors with as many rows each: every world-th row. Raises ValueError unless
+    all get as many: rows that belong together, the two answers of a pair of preferences, would be torn apart."""
     rank, world = rank_and_world()
-    if len(batch[0]) < world:
+    if len(batch[0]) % world:
         raise ValueError(f"{world} processes cannot share a batch of {len(batch[0])} rows: make batch_size a multiple of {world}")
     return tuple(z[rank::world] for z in batch)
 

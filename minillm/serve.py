@@ -92,7 +92,7 @@ def read_fields(body):
     return fields
 
 
-def joined(message):
+def with_one_text(message):
     """A message whose content is a list of parts, as some clients send it, with their texts as one; any other as it is."""
     parts = message.get("content") if isinstance(message, dict) else None
     if not isinstance(parts, list) or not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
@@ -105,7 +105,7 @@ def read_prompt(messages, model, tokenizer):
     message is, too: the model has not learnt to obey one, and to drop it in silence would be to answer something else."""
     code = None
     try:
-        ids = encode_prompt([joined(message) for message in messages], tokenizer)
+        ids = encode_prompt([with_one_text(message) for message in messages], tokenizer)
         code = "context_length_exceeded"
         return ids, answer_room(ids, model)
     except (ValueError, TypeError) as error:

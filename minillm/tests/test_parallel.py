@@ -106,8 +106,8 @@ def test_a_stage_is_built_by_all_and_written_once(two, monkeypatch):
     assert [p.name for p in (two[0] / "cache").iterdir() if p.is_dir()] == [p.name for p in (two[0] / "alone").iterdir() if p.is_dir()]
 
 
-def test_a_batch_that_is_too_small_is_refused_by_name(two):
-    assert (two[0] / "refused1").read_text() == "2 processes cannot share a batch of 1 rows: make batch_size a multiple of 2"
+def test_a_batch_that_cannot_be_shared_alike_is_refused(two):
+    assert (two[0] / "refused1").read_text() == "2 processes cannot share a batch of 5 rows: make batch_size a multiple of 2"
 
 
 def test_alone_nothing_happens():
@@ -128,6 +128,6 @@ if __name__ == "__main__":
         os.environ["MINILLM_CACHE"] = str(folder / "cache")
         save_file(stage(), folder / f"stage{rank}")
         try:
-            my_rows((torch.zeros(1, 5),))
+            my_rows((torch.zeros(5, 5),))
         except ValueError as error:
             (folder / f"refused{rank}").write_text(str(error))

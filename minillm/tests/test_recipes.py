@@ -148,6 +148,25 @@ def test_chat_answers_one_prompt_and_nothing_else_on_stdout(small, capsys):
     assert capsys.readouterr().out == first.out
 
 
+def test_each_prompt_has_a_seed_of_its_own(small, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(command, "answer", lambda stage, messages, seed: seeds.append(seed))
+    for prompt in "Tell a story.", "Tell a story about a fox.", "Tell a story.":
+        assert command.main(["chat", "--prompt", prompt]) == 0
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
+def test_who_waits_for_another_process_is_told_so(tmp_path, capsys):
+    hold = f"from filelock import FileLock; import time; lock = FileLock({str(tmp_path / 'lock')!r}); lock.acquire(); print(); time.sleep(1)"
+    with recipes.only_builder(tmp_path / "lock", "base"):
+        assert capsys.readouterr().out == ""
+    with subprocess.Popen([sys.executable, "-uc", hold], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with recipes.only_builder(tmp_path / "lock", "base"):
+            assert capsys.readouterr().out == "Another process is at the stage base: waiting for it.\n"
+            other.wait(0.5)          # it has let go, or would sleep on
+
+
 @pytest.mark.parametrize("prompt, word", [("", "empty"), (" \n", "empty"), ("Where is Ida? " * 300, "1536")])
 def test_bad_prompts(small, capsys, prompt, word):
     assert command.main(["chat", "--prompt", prompt]) == 2
