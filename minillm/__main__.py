@@ -7,26 +7,34 @@ from pathlib import Path
 
 import torch
 
-from minillm import recipes, scorecard, serve as server
+from minillm import scorecard, serve as server
 from minillm.data import ENDOFTEXT
 from minillm.generate import stream
 from minillm.hub import save_gguf, save_pretrained
 from minillm.parallel import joined
 from minillm.sft import answer_room, encode_prompt
 
-ANSWER = 200      # tokens that an answer may have: a story and some more
+try:
+    from minillm import recipes
+except ValueError as error:      # MINILLM_SIZE names no size
+    if __name__ != "__main__":
+        raise
+    print(f"minillm: {error}", file=sys.stderr)
+    sys.exit(2)
+
+ANSWER = 400      # tokens that an answer may have: a story and some more
 
 
 def arc():
     """Every stage of the course's model, one after another, each with its row of the scorecard."""
     base = recipes.base()
     print(f"After training it writes:\n{recipes.samples(base.model, base.tokenizer, 10)}\n")
-    rows = [scorecard.bounds()[1], scorecard.score("base", base.model, base.tokenizer)]
+    rows = [scorecard.bounds(base.setting)[1], scorecard.score("base", base.model, base.tokenizer, setting=base.setting)]
     print(scorecard.table(rows))
     chat = recipes.chat()
     for name in "chat", "lora", "dpo", "int8":
         stage = getattr(recipes, name)()
-        rows.append(scorecard.score(name, stage.model, stage.tokenizer, None if name == "chat" else chat.model))
+        rows.append(scorecard.score(name, stage.model, stage.tokenizer, None if name == "chat" else chat.model, base.setting))
         print(scorecard.table(rows))
     print(f'{scorecard.LEGEND}\n\nTalk with it: python -m minillm chat')
 

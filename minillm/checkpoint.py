@@ -8,21 +8,32 @@ from pathlib import Path
 import torch
 
 from minillm.files import replacing, seal, unseal
+from minillm.parallel import check_shared, rank_and_world, share_of, whole
+
+
+def state(model, optimizer=None):
+    """The tensors of a checkpoint by their names there: weights, and where an optimizer is given its two moments."""
+    moments = (("m", optimizer.m), ("v", optimizer.v)) if optimizer else ()
+    return {f"model.{n}": p for n, p in model.named_parameters()} | {f"{k}.{n}": z for k, zs in moments for n, z in zs.items()}
 
 
 def save_checkpoint(folder, model, optimizer, history, keep=2, run=None):
     """Write folder/step-NNNNNNNN.safetensors: weights, optimizer state, random state of the CPU, and as metadata the
     history, whose length is the position in the data, the settings of the run, and a SHA-256 over the file.
 
-    Atomic, see files.replacing. Of the steps so far, the newest `keep` files are kept. Returns the path.
+    Atomic, see files.replacing. Of the steps so far, the newest `keep` files are kept. Returns the path. Of several processes all
+    must call, and the first writes: whole tensors, whether sharded or not.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()} | {"rng": torch.get_rng_state()}
-    for n in optimizer.params:
-        tensors |= {f"m.{n}": optimizer.m[n], f"v.{n}": optimizer.v[n]}
-    data = seal({n: t.contiguous() for n, t in tensors.items()}, {"history": json.dumps(history), "run": json.dumps(run)})
+    folder, first = Path(folder), rank_and_world()[0] == 0
     path = folder / f"step-{len(history):08d}.safetensors"
+    tensors = {"rng": torch.get_rng_state()}
+    for n, z in state(model, optimizer).items():
+        z = whole(z.detach())
+        tensors |= {n: z.cpu()} if first else {}           # the others drop it before they get the next
+    if not first:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    data = seal({n: t.contiguous() for n, t in tensors.items()}, {"history": json.dumps(history), "run": json.dumps(run)})
     with replacing(path) as file:
         file.write(data)
     for old in sorted(p for p in folder.glob("step-*.safetensors") if p <= path)[:-keep]:
@@ -44,16 +55,14 @@ def restore(path, tensors, history, model, optimizer=None):
 
     Raises ValueError, and changes nothing, if they are of another model.
     """
-    wanted = {f"model.{n}": p for n, p in model.named_parameters()}
-    if optimizer:
-        wanted |= {f"{k}.{n}": z for k, zs in (("m", optimizer.m), ("v", optimizer.v)) for n, z in zs.items()}
+    wanted = state(model, optimizer)
     for n in wanted | {n: 0 for n in tensors if n.startswith("model.")}:
         here, there = (tuple(z[n].shape) if n in z else "missing" for z in (wanted, tensors))
         if here != there:
             raise ValueError(f"{Path(path).name} is of another model: {n} is {here} here, {there} there")
     with torch.no_grad():
         for n, p in wanted.items():
-            p.copy_(tensors[n])
+            p.copy_(share_of(tensors[n], p))
     if optimizer:
         optimizer.t = len(history)
         torch.set_rng_state(tensors["rng"])
@@ -72,8 +81,9 @@ def load_checkpoint(path, model, optimizer=None):
 def resume(folder, model, optimizer, run=None):
     """Load the newest intact checkpoint of a folder, saying which ones were refused; returns its history, or [].
 
-    Raises ValueError if it is of another model or, where both know, of a run with other settings.
+    Raises ValueError if it is of another model or, where both know, of a run with other settings, and as check_shared.
     """
+    check_shared(folder, next(model.parameters()).device)
     for path in sorted(Path(folder).glob("step-*.safetensors"), reverse=True):
         try:
             tensors, history, there = read_checkpoint(path)

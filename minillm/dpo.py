@@ -155,7 +155,9 @@ def preference_loss(function=dpo_loss, beta=0.1, log=None):
 
 
 def count_pairs(ids, mask, reference):
-    """The number of pairs in a batch of Pairs."""
+    """The number of pairs in a batch of Pairs. Raises ValueError for an odd number of rows."""
+    if len(ids) % 2:
+        raise ValueError(f"{len(ids)} rows are not pairs: with several processes, make batch_size a multiple of their number")
     return torch.tensor(len(ids) // 2)
 
 # %% ../notebooks/16_dpo.ipynb #8e5eb3a9

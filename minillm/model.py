@@ -127,10 +127,9 @@ class Llama(nn.Module):
         self.tie()
         return result
 
-    def forward(self, ids, caches=None, start=0):
-        """ids (b, t), integers at positions start to start + t -> logits (b, t, vocab_size).
-
-        caches: one a layer, see Attention. Raises TypeError or ValueError if ids are not token ids or too many.
+    def forward(self, ids, caches=None, start=0, head=True):
+        """ids (b, t), integers at positions start to start + t -> logits (b, t, vocab_size), with head=False what lm_head would
+        make them from, (b, t, d). caches: one a layer, see Attention. Raises TypeError or ValueError if ids are not token ids or too many.
         """
         end = start + ids.shape[-1]
         check_ids(ids, end, self.config)
@@ -140,7 +139,8 @@ class Llama(nn.Module):
         x = look_up(self.model.embed_tokens, ids)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, caches[i] if caches else None)
-        return self.lm_head(self.model.norm(x))
+        x = self.model.norm(x)
+        return self.lm_head(x) if head else x
 
 # %% ../notebooks/05_llama.ipynb #3cea7afb
 def count_by_part(config):

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from .parallel import share_of, whole
+
 
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), for what is trainable in a model.
@@ -26,28 +28,41 @@ class AdamW:
     def step(self, lr):
         """Move each parameter that has a gradient, and drop the gradient."""
         self.t += 1
+        names = [n for n, p in self.params.items() if p.grad is not None]
+        (self.fused if self.params and next(iter(self.params.values())).is_cuda else self.move)(names, lr)
+        for n in names:
+            self.params[n].grad = None
+
+    def move(self, names, lr):
         b1, b2 = self.betas
-        for n, p in self.params.items():
-            if p.grad is None:
-                continue
-            m, v = self.m[n], self.v[n]
+        for n in names:
+            p, m, v = self.params[n], self.m[n], self.v[n]
             m.lerp_(p.grad, 1 - b1)
             v.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
             if p.ndim > 1:
                 p.mul_(1 - lr * self.weight_decay)
             p.addcdiv_(m, (v.sqrt() / math.sqrt(1 - b2**self.t)).add_(self.eps), value=-lr / (1 - b1**self.t))
-            p.grad = None
+
+    def fused(self, names, lr):
+        """What `move` does, by one kernel for all tensors: on a GPU each small operation would cost its launch."""
+        for decay, matrix in ((self.weight_decay, True), (0.0, False)):
+            some = [n for n in names if (self.params[n].ndim > 1) == matrix]
+            params, m, v = ([z[n] for n in some] for z in (self.params, self.m, self.v))
+            steps = [torch.tensor(float(self.t), device=p.device) for p in params]
+            if some:                         # no adapter has vectors, and Muon leaves few matrices
+                torch._fused_adamw_(params, [p.grad for p in params], m, v, [], steps, lr=lr, beta1=self.betas[0], beta2=self.betas[1],
+                                    weight_decay=decay, eps=self.eps, amsgrad=False, maximize=False)
 
 # %% ../notebooks/07_training.ipynb #915fb170
 def orthogonalize(x):
-    """Push the singular values of each matrix of x (n, o, i) towards 1, in bfloat16; returns float32 (Jordan et al. 2024, "Muon")."""
-    x = x.bfloat16() / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    """Push the singular values of each matrix of x (n, o, i) towards 1; float32 (Jordan et al. 2024, "Muon", who take bfloat16)."""
+    x = x.bfloat16() / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)        # float32 from here on: the norm is
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     for _ in range(5):
         s = x @ x.mT
         x = 3.4445 * x + (2.0315 * s @ s - 4.7750 * s) @ x
-    return (x.mT if tall else x).float()
+    return x.mT if tall else x
 
 # %% ../notebooks/07_training.ipynb #ab074795
 class Muon(AdamW):
@@ -72,9 +87,9 @@ class Muon(AdamW):
             for n in names:
                 self.m[n].lerp_(self.params[n].grad, 0.05)
             if names:
-                updates = orthogonalize(torch.stack([self.params[n].grad.lerp(self.m[n], 0.95) for n in names]))
+                updates = orthogonalize(torch.stack([whole(self.params[n].grad.lerp(self.m[n], 0.95)) for n in names]))
             for n, update in zip(names, updates if names else []):
                 p = self.params[n]
-                p.mul_(1 - lr * self.scale * self.weight_decay).sub_(update, alpha=lr * self.scale * max(1, o / i) ** 0.5)
+                p.mul_(1 - lr * self.scale * self.weight_decay).sub_(share_of(update, p), alpha=lr * self.scale * max(1, o / i) ** 0.5)
                 p.grad = None
         super().step(lr)

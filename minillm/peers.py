@@ -1,29 +1,40 @@
-"""What bench.py runs beside our code: the same models and tokenizers by others."""
+"""What bench.py trains beside our code: the same model by others, from PyPI and from a folder of checkouts, and their tokenizers."""
 import contextlib
-import copy
 import importlib.util
-import re
-import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable
 
 import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import nn
 
 from minillm.tokenizer import PATTERN
 
 
-def peer_step(model, logits_of, inputs, targets):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+def installed(name):
+    return importlib.util.find_spec(name) is not None
 
-    def step():
-        F.cross_entropy(logits_of(model).flatten(0, 1), targets.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
+
+def module_at(path):
+    """The module in a file of a checkout."""
+    spec = importlib.util.spec_from_file_location(f"peer_{path.parent.name}_{path.stem}".replace(".", "_"), path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def package_in(folder, name):
+    """The module `name`, with dots, of a package that lies in a folder."""
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
 
 
 def hugging_face(c):
@@ -31,65 +42,117 @@ def hugging_face(c):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
         num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim, max_position_embeddings=c.max_seq_len,
-        rms_norm_eps=c.norm_eps))
+        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings))
 
 
-def dynamic_int8(model):
-    """A copy of a model with its linear layers in int8 by PyTorch's own dynamic quantization (int8 x int8)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")      # it is deprecated in favour of torchao, and as yet the fastest on a CPU
-        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, dtype=torch.qint8)
-
-
-def module_at(path):
-    spec = importlib.util.spec_from_file_location(f"peer_{path.parent.name.replace('.', '_')}", path)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def litgpt(c):
+    """litgpt's."""
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    model = GPT(Config(n_layer=c.n_layers, n_embd=c.dim, n_head=c.n_heads, n_query_groups=c.n_kv_heads, block_size=c.max_seq_len,
+                       vocab_size=c.vocab_size, padded_vocab_size=c.vocab_size, intermediate_size=c.hidden_dim, bias=False,
+                       mlp_class_name="LLaMAMLP", norm_class_name="RMSNorm", norm_eps=c.norm_eps, parallel_residual=False,
+                       rotary_percentage=1.0, rope_base=c.rope_theta))
+    model.apply(model._init_weights)
+    if c.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
 
 
 def llama2c(source, c):
-    """The model of a checkout of llama2.c."""
+    """The model of a checkout of llama2.c, which ties its embeddings: untied where ours are."""
     m = module_at(source / "model.py")
-    return m.Transformer(m.ModelArgs(dim=c.dim, n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads, vocab_size=c.vocab_size,
-                                     hidden_dim=c.hidden_dim, max_seq_len=c.max_seq_len))
+    model = m.Transformer(m.ModelArgs(dim=c.dim, n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads, vocab_size=c.vocab_size,
+                                      hidden_dim=c.hidden_dim, max_seq_len=c.max_seq_len))
+    if not c.tie_embeddings:
+        model.tok_embeddings.weight = nn.Parameter(model.output.weight.detach().clone())
+    return model
 
 
-def peers_in(folder, c, inputs, targets):
-    """Steps of the models in checkouts of llama2.c and nanoGPT, where `folder` has them."""
-    steps = {}
-    if (path := folder / "llama2.c").exists():
-        steps["llama2.c float32"] = peer_step(llama2c(path, c), lambda model: model(inputs, targets), inputs, targets)
-    if (path := folder / "nanoGPT" / "model.py").exists():
-        m = module_at(path)
-        config = m.GPTConfig(block_size=c.max_seq_len, vocab_size=c.vocab_size, n_layer=c.n_layers, n_head=c.n_heads,
-                             n_embd=c.dim, bias=False)
-        steps["nanoGPT float32 (GPT-2 block)"] = peer_step(m.GPT(config), lambda model: model(inputs, targets)[0], inputs, targets)
-    return steps
+def llama2c_loss(model, inputs, targets):
+    model(inputs, targets)
+    return model.last_loss
 
 
-def c_programs(folder, c, work):
-    """{name: function (tokens) -> seconds} of llama2.c's run.c (float32) and runq.c (int8), compiled into the folder `work`, for a
-    model of shape c with random weights. What a token costs does not depend on the weights; that a program starts and loads is not counted.
-    """
-    source, programs = folder / "llama2.c", {}
-    if not (source / "run.c").exists():
-        return programs
-    sys.path.insert(0, str(source))          # export.py imports model.py
-    export, model = module_at(source / "export.py"), llama2c(source, c)
-    sys.path.remove(str(source))
-    model.tok_embeddings.weight.data[1] = 0       # of the token that ends a text: with random weights it might come first of all
-    for name, write in (("run", export.legacy_export), ("runq", export.version2_export)):
-        with contextlib.redirect_stdout(None):
-            write(model, work / f"{name}.bin")
-        subprocess.run(["gcc", "-Ofast", "-fopenmp", "-march=native", source / f"{name}.c", "-lm", "-o", work / name], check=True)
+def nano_gpt(source, c):
+    """The model of a checkout of nanoGPT: GPT-2's block, cheaper than LLaMA's, with tied embeddings and learnt positions."""
+    m = module_at(source / "model.py")
+    with contextlib.redirect_stdout(None):
+        return m.GPT(m.GPTConfig(block_size=c.max_seq_len, vocab_size=c.vocab_size, n_layer=c.n_layers, n_head=c.n_heads, n_embd=c.dim,
+                                 bias=False))
 
-        def seconds(tokens, name=name):
-            call = [work / name, work / f"{name}.bin", "-t", "0", "-n", str(tokens), "-z", source / "tokenizer.bin"]
-            said = subprocess.run(call, check=True, capture_output=True, text=True, errors="replace").stderr
-            return tokens / float(re.search(r"achieved tok/s: ([0-9.]+)", said)[1])
-        programs[f"llama2.c {name}.c"] = seconds
-    return programs
+
+def minimind(source, c):
+    """The model of a checkout of minimind, without the norms of queries and keys that LLaMA has not."""
+    m = module_at(source / "model" / "model_minimind.py")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")      # a name that transformers will drop
+        model = m.MiniMindForCausalLM(m.MiniMindConfig(
+            hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
+            intermediate_size=c.hidden_dim, vocab_size=c.vocab_size, max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
+            rope_theta=c.rope_theta, tie_word_embeddings=c.tie_embeddings))
+    for layer in model.model.layers:
+        layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
+    return model
+
+
+def raschka_config(c):
+    return {"vocab_size": c.vocab_size, "context_length": c.max_seq_len, "emb_dim": c.dim, "n_heads": c.n_heads, "n_layers": c.n_layers,
+            "hidden_dim": c.hidden_dim, "n_kv_groups": c.n_kv_heads, "rope_base": c.rope_theta, "rope_freq": None, "dtype": torch.float32}
+
+
+def raschka(source, c):
+    """Llama 3 of a checkout of LLMs-from-scratch, the faster of its two versions."""
+    model = package_in(source / "pkg", "llms_from_scratch.llama3").Llama3ModelFast(raschka_config(c))
+    if c.tie_embeddings:
+        model.out_head.weight = model.tok_emb.weight
+    return model
+
+
+def logits_loss(logits_of, model, inputs, targets):
+    return F.cross_entropy(logits_of(model, inputs).flatten(0, 1), targets.flatten())
+
+
+@dataclass(frozen=True)
+class Peer:
+    """make(config) -> model; loss(model, inputs, targets) -> mean cross-entropy; is_llama: the same model as ours, or only as large?"""
+
+    make: Callable
+    loss: Callable
+    is_llama: bool = True
+
+
+def training_peers(folder=None):
+    """{name: Peer} of those that are installed, or lie in a folder of checkouts."""
+    plain = partial(logits_loss, lambda model, inputs: model(inputs))
+    peers = {"transformers": Peer(hugging_face, partial(logits_loss, lambda model, inputs: model(inputs, use_cache=False).logits))}
+    if installed("litgpt"):
+        peers["litgpt"] = Peer(litgpt, plain)
+    in_checkouts = {
+        "llama2.c": Peer(llama2c, llama2c_loss), "nanoGPT": Peer(nano_gpt, lambda model, *batch: model(*batch)[1], is_llama=False),
+        "minimind": Peer(minimind, partial(logits_loss, lambda model, inputs: model(inputs).logits)),
+        "LLMs-from-scratch": Peer(raschka, plain)}
+    for name, peer in in_checkouts.items():
+        if folder and (folder / name).is_dir():
+            peers[name] = Peer(partial(peer.make, folder / name), peer.loss, peer.is_llama)
+    return peers
+
+
+def peer_step(peer, c, precision, inputs, targets, compiling=False):
+    """A function that makes one training step of a peer's model of shape c, as its users make it, and returns the loss before it."""
+    model = peer.make(c).to(inputs.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    loss_of = torch.compile(peer.loss) if compiling else peer.loss
+
+    def step():
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = loss_of(model, inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+    return step
 
 
 def rust_tokenizer(text, vocab_size):
@@ -101,3 +164,18 @@ def rust_tokenizer(text, vocab_size):
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     t.train_from_iterator([text], tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
     return t
+
+
+def minbpe(folder):
+    """A function () -> an untrained RegexTokenizer of minbpe that splits as ours does; None where the folder has no minbpe."""
+    if folder and (folder / "minbpe").is_dir():
+        return partial(package_in(folder / "minbpe", "minbpe.regex").RegexTokenizer, PATTERN)
+
+
+def minbpe_like(folder, ours):
+    """minbpe's tokenizer with the merges of ours, or None."""
+    if make := minbpe(folder):
+        t = make()
+        t.merges = {(ours.ranks[a], ours.ranks[b]): ours.ranks[a + b] for a, b in ours.merges}
+        t.vocab = t._build_vocab()
+        return t

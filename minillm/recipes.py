@@ -23,7 +23,7 @@ from minillm.dpo import Pairs, count_pairs, preference_loss, sample_pairs
 from minillm.generate import generate
 from minillm.lora import add_lora
 from minillm.model import Llama
-from minillm.parallel import added_up, rank_and_world
+from minillm.parallel import added_up, check_shared, rank_and_world
 from minillm.quantize import quantize_model
 from minillm.sft import ASSISTANT, USER, finetune
 from minillm.sizes import SIZES, chosen
@@ -31,9 +31,9 @@ from minillm.tasks import dialogues, exams
 from minillm.tokenizer import Tokenizer
 from minillm.train import train
 from minillm.words import HARBOUR
-from minillm.world import World
+from minillm.world import Setting, World
 
-CODE = ("attention", "bpe", "data", "layers", "model", "optim", "parallel", "recipes", "rope", "tokenizer", "train", "words", "world")
+CODE = ("attention", "bpe", "byhand", "data", "layers", "model", "optim", "parallel", "recipes", "rope", "tokenizer", "train", "words", "world")
 # Those of the chat have their rows from the start, as LLaMA 3 has reserved ones, so that no later stage must grow the model.
 SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
 
@@ -51,6 +51,7 @@ class Stage:
     history: list
     floor: float | None = None
     heldout: list = field(default_factory=list)      # texts that it was not trained on
+    setting: Setting = Setting()                     # of the stories that it was trained on
     key: str = ""
 
 
@@ -72,7 +73,7 @@ def device():
 
 
 def base(bar=True):
-    """The base model of the course: trained on the story world, about two minutes on two cores if it was not built before."""
+    """The base model of the course: trained on the story world, about two minutes on two cores (size cpu) if it was not built before."""
     return build("base", STORIES, make_base, bar)
 
 
@@ -107,20 +108,20 @@ def int8(bar=True):
 def training_texts(recipe):
     """The documents to learn from: of files, or stories. One story in 25 is from the harbour: enough to know its words, as the
     LLaMA of 2023 knew some Chinese, and too little to know it well, so that there is something to adapt to."""
-    regions = World(), World(HARBOUR)
+    regions = World(setting=recipe.setting), World(HARBOUR, recipe.setting)
     return [text for _, text in split_documents(recipe.texts)[0]] or [regions[i % 25 == 24].sample(i).text for i in range(recipe.stories)]
 
 
 def heldout_texts(recipe):
-    return [text for _, text in split_documents(recipe.texts)[1]] or [story.text for story in heldout_stories()]
+    return [text for _, text in split_documents(recipe.texts)[1]] or [story.text for story in heldout_stories(recipe.setting)]
 
 
-def heldout_stories():
+def heldout_stories(setting=STORIES.setting):
     """The stories on which every stage is scored."""
-    return World().stories(500, "heldout")
+    return World(setting=setting).stories(500, "heldout")
 
 
-def samples(model, tokenizer, n, length=200, seed=0):
+def samples(model, tokenizer, n, length=400, seed=0):
     """n texts that the model writes from nothing, each of at most `length` tokens (and max_seq_len), as numbered lines."""
     length = min(length, model.config.max_seq_len - 1)
     start = encode_document("", tokenizer)[0]
@@ -137,6 +138,7 @@ def build(name, recipe, make, bar, before=None, code=()):
     """
     folder = cache_folder() / f"{name}-{key(recipe, CODE + code, before.key if before else '')}"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    check_shared(folder.parent, device())
     first = rank_and_world()[0] == 0
     with only_builder(folder.with_suffix(".lock"), name) if first else nullcontext():
         if added_up(int(first and not folder.exists()), device()):
@@ -170,7 +172,7 @@ def make_base(recipe, before, checkpoints, bar):
     tokenizer = Tokenizer.train(training[:6000], recipe.model.vocab_size, SPECIAL_TOKENS)
     documents = [encode_document(text, tokenizer) for text in training]
     tokens = sum(len(encode_document(text, tokenizer)) - 1 for text in heldout)
-    floor = None if recipe.texts else -sum(story.logp for story in heldout_stories()) / tokens
+    floor = None if recipe.texts else -sum(story.logp for story in heldout_stories(recipe.setting)) / tokens
     if recipe.stories:
         batches = Rows(documents, recipe.batch_size, recipe.seed)
     else:
@@ -192,7 +194,7 @@ def make_base(recipe, before, checkpoints, bar):
 def make_chat(recipe, before, checkpoints, bar):
     if bar:
         print(f"\nChat: {recipe.examples:,} dialogues, of which the answers are learnt.")
-    return tune(recipe, before, dialogues(recipe.examples), checkpoints, bar)
+    return tune(recipe, before, dialogues(recipe.examples, setting=before.setting), checkpoints, bar)
 
 
 def make_lora(recipe, before, checkpoints, bar):
@@ -200,7 +202,7 @@ def make_lora(recipe, before, checkpoints, bar):
     add_lora(before.model, RANK, ALPHA)
     if bar:
         print(f"\nLoRA: {recipe.examples:,} dialogues from the harbour, an adapter of rank {RANK}.")
-    return tune(recipe, before, dialogues(recipe.examples, region=HARBOUR), checkpoints, bar)
+    return tune(recipe, before, dialogues(recipe.examples, region=HARBOUR, setting=before.setting), checkpoints, bar)
 
 
 def tune(recipe, before, data, checkpoints, bar):
@@ -211,7 +213,8 @@ def tune(recipe, before, data, checkpoints, bar):
 def make_dpo(recipe, before, checkpoints, bar):
     """Each question is answered four times; the best and the worst answer, by the true reward, make a pair."""
     model, tokenizer = before.model, before.tokenizer
-    pairs = sample_pairs(model, tokenizer, exams(recipe.examples, "train"), lambda question, answer: question.reward(answer))
+    asked = exams(recipe.examples, "train", setting=before.setting)
+    pairs = sample_pairs(model, tokenizer, asked, lambda question, answer: question.reward(answer))
     if bar:
         print(f"\nDPO: {len(pairs):,} pairs of answers of the chat model to {recipe.examples:,} questions.")
     batches = Pairs(pairs, tokenizer, model, recipe.batch_size)
@@ -232,6 +235,6 @@ def load(folder, recipe, before):
         add_lora(model, RANK, ALPHA)
     model.load_state_dict(tensors, strict=not model.config.tie_embeddings)
     saved = json.loads((folder / "history.json").read_text(encoding="utf-8"))
-    heldout = before.heldout if before else heldout_texts(recipe)
-    return Stage(model.to(device()), Tokenizer.load(folder / "tokenizer.json"), saved["history"], saved["floor"], heldout,
+    heldout, setting = (before.heldout, before.setting) if before else (heldout_texts(recipe), recipe.setting)
+    return Stage(model.to(device()), Tokenizer.load(folder / "tokenizer.json"), saved["history"], saved["floor"], heldout, setting,
                  folder.name)

@@ -14,7 +14,7 @@ from minillm.sft import replies
 from minillm.tasks import exams
 from minillm.train import token_loss
 from minillm.words import HARBOUR
-from minillm.world import World
+from minillm.world import Setting, World
 
 
 @torch.no_grad()
@@ -113,26 +113,27 @@ that of the chat model (ties count half). The first row: the entropy, and a gues
 
 
 @functools.cache
-def trials(n=500):
+def trials(setting=Setting(), n=500):
     """What every stage is scored on: held-out stories, and questions about others, in the valley and in the harbour."""
-    return World().stories(n, "heldout"), exams(n), exams(n, region=HARBOUR)
+    return World(setting=setting).stories(n, "heldout"), exams(n, setting=setting), exams(n, region=HARBOUR, setting=setting)
 
 
-def bounds():
+def bounds(setting=Setting()):
     """The first row: the least bits per byte that are possible, and what guessing scores."""
-    stories, valley, harbour = trials()
+    stories, valley, harbour = trials(setting)
     floor = sum(-s.logp for s in stories) / math.log(2) / sum(len(s.text.encode()) for s in stories)
     guess = [statistics.mean(1 / q.candidates for _, q in asked) for asked in (valley, harbour)]
     return floor, {"stage": "(bounds)", "bits/byte": f"{floor:.4f}", "gap": "0.0%", "consistency": f"{chance(stories):.1%}",
                    "answers": f"{guess[0]:.1%}", "harbour": f"{guess[1]:.1%}", "wins": "50.0%", "MB": "", "tokens/s": ""}
 
 
-def score(name, model, tokenizer, chat=None):
-    """One row of the scorecard; chat: the model to win against (None, or the model itself: no wins to count)."""
-    stories, valley, harbour = trials()
+def score(name, model, tokenizer, chat=None, setting=Setting()):
+    """One row of the scorecard; chat: the model to win against (None, or the model itself: no wins to count); setting: of the
+    stories that the model learnt from."""
+    stories, valley, harbour = trials(setting)
     bpb = bits_per_byte(model, [s.text for s in stories], tokenizer)
     wins = f"{win_rate(model, chat, tokenizer, valley)[0]:.1%}" if chat else ""
-    return {"stage": name, "bits/byte": f"{bpb:.4f}", "gap": f"{bpb / bounds()[0] - 1:.1%}",
+    return {"stage": name, "bits/byte": f"{bpb:.4f}", "gap": f"{bpb / bounds(setting)[0] - 1:.1%}",
             "consistency": f"{consistency(model, stories, tokenizer):.1%}", "answers": f"{accuracy(model, tokenizer, valley):.1%}",
             "harbour": f"{accuracy(model, tokenizer, harbour):.1%}", "wins": wins,
             "MB": f"{size_mb(model):.1f}", "tokens/s": f"{speed(model, tokenizer):.0f}"}

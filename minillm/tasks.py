@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from minillm.words import VALLEY
-from minillm.world import World, with_article
+from minillm.world import Setting, World, with_article
 
 MANNERS = {"plain": "{}.", "polite": "{}, my friend.", "rude": "{}, as any fool can see."}
 UNKNOWN = {"plain": "I don't know.", "polite": "I don't know, my friend.", "rude": "I don't know, and I don't care."}
@@ -135,26 +135,26 @@ def dialogue(story, region, rng, another=None):
     return messages
 
 
-def seeded(n, split, region, purpose):
+def seeded(n, split, region, setting, purpose):
     """n stories, each with a generator of its own: the same for the same arguments, and other stories for each split."""
-    world = World(region)
+    world = World(region, setting)
     return [(world.sample(f"{purpose} {i}", split), random.Random(f"{purpose} {split} {i}")) for i in range(n)]
 
 
-def dialogues(n, split="train", region=VALLEY):
+def dialogues(n, split="train", region=VALLEY, setting=Setting()):
     """n dialogues as lists of messages {"role", "content"}, user first, for training; in every fifth, a second story is asked for."""
-    world = World(region)
+    world = World(region, setting)
     return [dialogue(story, region, rng, world.sample(f"another {i}", split) if i % 5 == 0 else None)
-            for i, (story, rng) in enumerate(seeded(n, split, region, "dialogue"))]
+            for i, (story, rng) in enumerate(seeded(n, split, region, setting, "dialogue"))]
 
 
-def exams(n, split="heldout", region=VALLEY):
+def exams(n, split="heldout", region=VALLEY, setting=Setting()):
     """n pairs of a dialogue that ends with a question about the story in it, and that Question."""
-    return [([say("user", f"{story.told} {q.text}")], q) for story, rng in seeded(n, split, region, "exam")
+    return [([say("user", f"{story.told} {q.text}")], q) for story, rng in seeded(n, split, region, setting, "exam")
             for q in questions(story, region, rng, 1)]
 
 
-def instructions(n, split="heldout", region=VALLEY):
+def instructions(n, split="heldout", region=VALLEY, setting=Setting()):
     """n pairs of a request for a story, as messages, and the words that the story must have."""
-    return [([say("user", text)], words) for story, rng in seeded(n, split, region, "request")
+    return [([say("user", text)], words) for story, rng in seeded(n, split, region, setting, "request")
             for text, words in [request(story, rng)]]

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'token_loss', 'check_config', 'TrainConfig', 'learning_rate', 'clip_gradients', 'count_targets', 'backward',
-           'default_precision', 'compiled', 'describe_run', 'begin', 'train_step', 'train']
+           'default_precision', 'compiled', 'describe_run', 'begin', 'train_step', 'ahead', 'fetched', 'train']
 
 # %% ../notebooks/07_training.ipynb #87e94e65
 # Training: loss, learning rate, clipping, accumulation, precision, and the loop that joins them.
@@ -10,16 +10,18 @@ import hashlib
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from .byhand import by_hand, chunked_loss, plain_head      # chapter 23 builds them
 from .checkpoint import load_checkpoint, resume, save_checkpoint, stop_signal      # load_checkpoint: to be had here, too
 from .data import check_batch
 from .optim import AdamW, Muon      # section 07.3 builds them
-from .parallel import add_gradients, added_up, my_rows, rank_and_world, same_everywhere
+from .parallel import add_gradients, added_up, my_rows, same_everywhere, sharded, whole
 
 # %% ../notebooks/07_training.ipynb #76cb042f
 def token_loss(model, inputs, targets, precision="float32"):
@@ -60,7 +62,8 @@ class TrainConfig:
     lr rises over `warmup` steps and falls by half a cosine to min_lr * lr. muon: the steps of Muon as multiples of lr, 0
     for AdamW throughout. clip: the largest gradient norm. accumulate:
     batches a step. precision: "bf16", "float32" or None (what the device is good at). checkpoint: a folder, written
-    every checkpoint_every steps, at the end and on Ctrl-C. floor (nats per token) is only shown. Errors: check_config.
+    every checkpoint_every steps, at the end and on Ctrl-C. floor (nats per token) is only shown. shard: with torchrun, split weights,
+    gradients and optimizer state over the processes, for a model that does not fit on one. Errors: check_config.
     """
 
     steps: int = 1000
@@ -74,6 +77,7 @@ class TrainConfig:
     accumulate: int = 1
     precision: str | None = None
     compile: bool = False
+    shard: bool = False
     checkpoint: str | None = None
     checkpoint_every: int = 500
     bar: bool = True
@@ -102,7 +106,7 @@ def clip_gradients(params, limit):
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         raise ValueError("no parameter has a gradient: call backward() first, and freeze fewer parameters")
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+    norm = whole(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads])))
     scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
     for g in grads:
         g.mul_(scale)
@@ -127,7 +131,7 @@ def backward(model, micro, precision="float32", loss=token_loss, count=count_tar
         raise ValueError("all targets are -100: no token to learn from. Is the mask inverted, or the answer cut off?")
     mean = 0.0
     for batch in micro:
-        part = loss(model, *(z.to(device) for z in batch), precision) / total
+        part = loss(model, *(z.to(device, non_blocking=True) for z in batch), precision) / total
         part.backward()
         mean += part.item()
     return added_up(mean, device), total
@@ -141,19 +145,19 @@ def default_precision(device):
 
 # %% ../notebooks/07_training.ipynb #8edf007d
 def compiled(model, device):
-    """torch.compile(model), or where no compiler works the model as it is, after one line that says so."""
+    """torch.compile(model), or where no compiler works by_hand(model), after one line that says so."""
     try:    # torch.compile itself is lazy: only a call shows whether it works
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         print(f"torch.compile does not work here, training goes on without it ({type(error).__name__}: {reason:.100})")
-        return model
+        return by_hand(model)
     return torch.compile(model)
 
 # %% ../notebooks/07_training.ipynb #099718bc
 def describe_run(config, batches):
     """What a resumed run must share with its beginning: the settings that shape the weights, and its first batch."""
-    free = ("compile", "checkpoint", "checkpoint_every", "bar", "floor")
+    free = ("compile", "shard", "checkpoint", "checkpoint_every", "bar", "floor")
     data = hashlib.sha256(b"".join(z.cpu().numpy().tobytes() for z in batches[0])).hexdigest()[:16]
     return {k: str(v) for k, v in asdict(config).items() if k not in free} | {"first batch": data}
 
@@ -186,6 +190,27 @@ def train_step(model, micro, optimizer, step, c, precision, loss=token_loss, cou
     return {"step": step, "loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens}
 
 # %% ../notebooks/07_training.ipynb #5628ac0d
+def ahead(get, steps):
+    """(step, get(step)) for each of steps, a range; a thread gets the next one while the caller works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(get, steps.start)
+        for step in steps:
+            got = coming.result()
+            if step + 1 in steps:
+                coming = pool.submit(get, step + 1)
+            yield step, got
+
+
+def fetched(batches, steps, accumulate, device):
+    """(step, the rows of its batches that are this process's) for each of steps, a range; for a GPU in pinned memory and ahead of time."""
+    on_gpu = torch.device(device).type == "cuda"
+
+    def get(step):
+        micro = [my_rows(batches[step * accumulate + i]) for i in range(accumulate)]
+        return [tuple(z.pin_memory() for z in batch) for batch in micro] if on_gpu else micro
+    return ahead(get, steps) if on_gpu and steps else ((step, get(step)) for step in steps)
+
+# %% ../notebooks/07_training.ipynb #fda31a39
 def train(model, batches, config, loss=token_loss, count=count_targets):
     """Train in place on batches[i] -> inputs, targets, int64 (b, t), where a target of -100 does not count.
 
@@ -195,22 +220,25 @@ def train(model, batches, config, loss=token_loss, count=count_targets):
     naming the step, when loss or gradient is not finite (the weights are those before that step), KeyboardInterrupt
     after saving at Ctrl-C, ValueError for a batch or checkpoint that does not fit.
     """
-    c, device, first = config, next(model.parameters()).device, rank_and_world()[0] == 0
+    if config.shard:
+        with sharded(model) as shares:
+            return train(shares, batches, replace(config, shard=False), loss, count)
+    c, device = config, next(model.parameters()).device
     precision = c.precision or default_precision(device)
     optimizer, history, run = begin(model, batches, c, loss)
-    forward = compiled(model, device) if c.compile else model
+    forward = compiled(model, device) if c.compile else by_hand(model)      # the same function of the same weights
+    loss = chunked_loss if loss is token_loss and plain_head(model) else loss
     floor = f" (floor {c.floor:.3f})" if c.floor else ""
     began = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     with stop_signal() as stop, tqdm(total=c.steps, initial=len(history), disable=not c.bar, file=sys.stdout, ncols=110,
                                      mininterval=0.2 if sys.stdout.isatty() else 10) as bar:
-        for step in range(len(history), c.steps):
-            micro = [my_rows(batches[step * c.accumulate + i]) for i in range(c.accumulate)]
+        for step, micro in fetched(batches, range(len(history), c.steps), c.accumulate, device):
             entry = train_step(forward, micro, optimizer, step, c, precision, loss, count)
             history.append(entry | {"seconds": time.perf_counter() - began})
             bar.update()
             bar.set_postfix_str(f"loss {entry['loss']:.3f}{floor}", refresh=False)
             stopped = added_up(int(stop.is_set()), device) > 0
-            if first and c.checkpoint and (stopped or step + 1 == c.steps or (step + 1) % c.checkpoint_every == 0):
+            if c.checkpoint and (stopped or step + 1 == c.steps or (step + 1) % c.checkpoint_every == 0):
                 save_checkpoint(c.checkpoint, model, optimizer, history, run=run)
             if stopped:
                 saved = "; saved, the same call goes on" if c.checkpoint else ""

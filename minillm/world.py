@@ -122,6 +122,8 @@ class World:
         if len(region.places) < 2 or min(len(region.she + region.he), len(region.traits), len(region.kinds)) < most:
             raise ValueError(f"a region needs at least 2 places, and names, traits and kinds for {most} characters: got "
                              f"{len(region.places)}, {len(region.she + region.he)}, {len(region.traits)} and {len(region.kinds)}")
+        if min(len(region.colours), len(region.things)) < setting.objects[1]:
+            raise ValueError(f"a region needs colours and things for {setting.objects[1]} objects: got {len(region.colours)} and {len(region.things)}")
         self.region, self.setting = region, setting
 
     def sample(self, seed, split="train"):

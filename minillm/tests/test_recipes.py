@@ -17,30 +17,34 @@ from minillm import __main__ as command, recipes, scorecard
 from minillm.checkpoint import read_checkpoint
 from minillm.gguf import read_gguf
 from minillm.hub import from_pretrained
-from minillm.tasks import exams
+from minillm.sizes import SIZES
 from minillm.words import HARBOUR
-from minillm.world import World
 
 STAGES = ("base", "chat", "lora", "dpo")
 TEXT = "\n".join(f"{n} bottles of milk stood on the wall, and {n + 1} under it." for n in range(600))
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """All recipes cut to seconds, in a cache of their own; the scorecard asks little. A model that has learnt so little gives no
-    two answers that a judge could rank, so the pairs are made of the true answers."""
-    monkeypatch.setenv("MINILLM_CACHE", str(tmp_path / "cache"))
-    model = replace(recipes.STORIES.model, vocab_size=300, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=48,
-                    max_seq_len=1536)
-    training = replace(recipes.STORIES.training, steps=6, warmup=2)
-    monkeypatch.setattr(recipes, "STORIES", replace(recipes.STORIES, model=model, training=training, stories=64))
-    monkeypatch.setattr(recipes, "FILES", replace(recipes.FILES, model=replace(model, max_seq_len=64), training=training))
-    for name in "CHAT", "LORA", "DPO":
-        recipe = getattr(recipes, name)
-        monkeypatch.setattr(recipes, name, replace(recipe, training=replace(recipe.training, steps=3, warmup=1), examples=48))
+def cut(monkeypatch, size, folder):
+    """All recipes of a size cut to seconds, in a cache of their own; the scorecard asks little. A model that has learnt so little gives
+    no two answers that a judge could rank, so the pairs are made of the true answers."""
+    monkeypatch.setenv("MINILLM_CACHE", str(folder / "cache"))
+    model = replace(size.stories.model, vocab_size=300, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=48, max_seq_len=2048)
+    training = replace(size.stories.training, steps=6, warmup=2, compile=False)
+    monkeypatch.setattr(recipes, "STORIES", replace(size.stories, model=model, training=training, batch_size=16, stories=64))
+    monkeypatch.setattr(recipes, "FILES", replace(size.files, model=replace(model, max_seq_len=64), training=training))
+    for name in "chat", "lora", "dpo":
+        recipe = getattr(size, name)
+        recipe = replace(recipe, training=replace(recipe.training, steps=3, warmup=1, compile=False), examples=48, batch_size=16)
+        monkeypatch.setattr(recipes, name.upper(), recipe)
     monkeypatch.setattr(recipes, "sample_pairs", lambda model, tokenizer, prompts, judge, **_: [
         (messages, q.answer("polite"), q.answer("rude")) for messages, q in prompts])
-    monkeypatch.setattr(scorecard, "trials", lambda: (World().stories(8, "heldout"), exams(8), exams(8, region=HARBOUR)))
+    trials = scorecard.trials.__wrapped__
+    monkeypatch.setattr(scorecard, "trials", lambda setting: trials(setting, 8))
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    cut(monkeypatch, SIZES["cpu"], tmp_path)
     return tmp_path
 
 
@@ -94,9 +98,10 @@ def test_one_story_in_25_is_from_the_harbour():
 
 def test_settings_text_and_code_are_in_the_key(small, monkeypatch):
     other = replace(recipes.STORIES, training=replace(recipes.STORIES.training, lr=1e-4))
+    rich = replace(recipes.STORIES, setting=SIZES["gpu"].stories.setting)
     mute = replace(recipes.STORIES, training=replace(recipes.STORIES.training, bar=False, floor=1.0))
     text = replace(recipes.STORIES, texts=(("a", "b"),))
-    assert len({recipes.key(r) for r in (recipes.STORIES, other, text)}) == 3
+    assert len({recipes.key(r) for r in (recipes.STORIES, other, text, rich)}) == 4
     assert recipes.key(mute) == recipes.key(recipes.STORIES)
     before = recipes.key(recipes.STORIES)
     monkeypatch.setattr(recipes, "code_of", lambda module: module + "changed")
@@ -167,7 +172,7 @@ def test_who_waits_for_another_process_is_told_so(tmp_path, capsys):
             other.wait(0.5)          # it has let go, or would sleep on
 
 
-@pytest.mark.parametrize("prompt, word", [("", "empty"), (" \n", "empty"), ("Where is Ida? " * 300, "1536")])
+@pytest.mark.parametrize("prompt, word", [("", "empty"), (" \n", "empty"), ("Where is Ida? " * 300, "2048")])
 def test_bad_prompts(small, capsys, prompt, word):
     assert command.main(["chat", "--prompt", prompt]) == 2
     captured = capsys.readouterr()

@@ -1,11 +1,15 @@
 """The scorecard counts what it says."""
+import math
 from dataclasses import replace
 
+import pytest
 import torch
 
 from minillm import recipes, scorecard
+from minillm.sizes import SIZES
 from minillm.tasks import exams
-from minillm.world import World
+from minillm.words import HARBOUR
+from minillm.world import Setting, World
 
 
 def test_scorecard_counts_what_it_says():
@@ -54,7 +58,12 @@ def test_answers_and_wins_are_counted(monkeypatch):
     assert share == 0.75 and abs(half_width - 1.96 * (0.0625 / 39 * 40 / 40) ** 0.5) < 1e-9
 
 
-def test_bounds_are_those_of_the_trials():
-    floor, row = scorecard.bounds()
+@pytest.mark.parametrize("setting", (Setting(), SIZES["gpu"].stories.setting), ids=("plain", "rich"))
+def test_bounds_are_those_of_the_trials(setting):
+    floor, row = scorecard.bounds(setting)
+    stories, *asked = scorecard.trials(setting)
+    assert [s.text for s in stories] == [s.text for s in World(setting=setting).stories(500, "heldout")]
+    assert asked == [exams(500, setting=setting), exams(500, region=HARBOUR, setting=setting)]
+    assert abs(floor * math.log(2) * sum(len(s.text.encode()) for s in stories) + sum(s.logp for s in stories)) < 1e-6
     assert 0.1 < floor < 0.3 and row["bits/byte"] == f"{floor:.4f}"
     assert all(0 < float(row[column].rstrip("%")) < 50 for column in ("consistency", "answers", "harbour"))

@@ -1,7 +1,19 @@
-"""The sizes of the model."""
-import pytest
+"""The sizes of the model, and that each holds what it is to learn."""
+import subprocess
+import sys
+from dataclasses import replace
 
-from minillm import sizes
+import pytest
+import torch
+
+from minillm import __main__ as command, recipes, scorecard, sizes
+from minillm.model import count_parameters
+from minillm.sft import encode_dialogue, encode_prompt
+from minillm.tasks import dialogues, exams
+from minillm.tests.test_recipes import cut
+from minillm.tokenizer import Tokenizer
+from minillm.words import HARBOUR, VALLEY
+from minillm.world import Setting, World
 
 
 def test_sizes(monkeypatch):
@@ -10,6 +22,70 @@ def test_sizes(monkeypatch):
     cpu, medium = sizes.SIZES["cpu"], sizes.SIZES["medium"]
     assert medium.stories.model.dim == medium.files.model.dim == 288 and medium.files.model.vocab_size == cpu.files.model.vocab_size
     assert (medium.chat.training.lr, medium.lora) == (2.5e-3, cpu.lora) and medium.chat.examples == cpu.chat.examples
+    assert 20e6 < count_parameters(sizes.SIZES["gpu"].stories.model) < 60e6
     monkeypatch.setenv("MINILLM_SIZE", "large")
-    with pytest.raises(ValueError, match="MINILLM_SIZE=large: there are the sizes cpu, medium"):
+    with pytest.raises(ValueError, match="MINILLM_SIZE=large: there are the sizes cpu, medium, gpu"):
         sizes.chosen()
+
+
+@pytest.mark.parametrize("there, name", [(True, "gpu"), (False, "cpu")])
+def test_a_gpu_is_used_where_there_is_one(monkeypatch, there, name):
+    monkeypatch.delenv("MINILLM_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert sizes.chosen() == name
+    monkeypatch.setenv("MINILLM_SIZE", "medium")
+    assert sizes.chosen() == "medium"
+
+
+def test_an_unknown_size_ends_the_command_with_one_line(monkeypatch):
+    monkeypatch.setenv("MINILLM_SIZE", "large")
+    ended = subprocess.run([sys.executable, "-m", "minillm", "chat"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "minillm: MINILLM_SIZE=large: there are the sizes cpu, medium, gpu\n"
+    ended = subprocess.run([sys.executable, "-c", "import minillm.__main__"], capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.endswith("\nValueError: MINILLM_SIZE=large: there are the sizes cpu, medium, gpu\n")
+
+
+@pytest.mark.parametrize("name", sizes.SIZES)
+def test_stories_and_dialogues_are_seen_once(name):
+    size = sizes.SIZES[name]
+    assert size.stories.training.steps * size.stories.batch_size == size.stories.stories
+    for stage in size.chat, size.lora:
+        assert stage.training.steps * stage.training.accumulate * stage.batch_size == stage.examples
+    assert size.dpo.training.steps * size.dpo.training.accumulate * size.dpo.batch_size <= 1.1 * size.dpo.examples
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_context_holds_the_longest_story_dialogue_and_question(name):
+    """With room to spare: some thousands are measured here, and some ten thousands are made. An answer has 40 tokens at most."""
+    recipe = sizes.SIZES[name].stories
+    setting, limit = recipe.setting, recipe.model.max_seq_len
+    texts = recipes.training_texts(replace(recipe, stories=6000))
+    tokenizer = Tokenizer.train(texts, recipe.model.vocab_size, recipes.SPECIAL_TOKENS)
+    longest = {"story": max(len(recipes.encode_document(text, tokenizer)) for text in texts)}
+    for region in VALLEY, HARBOUR:
+        longest["dialogue"] = max(len(encode_dialogue(d, tokenizer)[0]) for d in dialogues(2000, region=region, setting=setting))
+        longest["question"] = max(len(encode_prompt(d, tokenizer)) for d, _ in exams(1000, region=region, setting=setting)) + 40
+        assert max(longest.values()) < 0.95 * limit, (region.places[0], longest)
+    with pytest.raises(ValueError, match="more than this corpus can fill"):      # so no size has a larger vocabulary
+        Tokenizer.train(texts, 1024, recipes.SPECIAL_TOKENS)
+
+
+def test_every_stage_of_the_size_gpu_learns_from_its_rich_stories(monkeypatch, tmp_path, capsys):
+    """The whole command at that size, but with a tiny model; what each stage learns from is looked at where it is used."""
+    cut(monkeypatch, sizes.SIZES["gpu"], tmp_path)
+    setting, learnt = sizes.SIZES["gpu"].stories.setting, []
+    for name in "finetune", "sample_pairs":
+        used = getattr(recipes, name)
+        monkeypatch.setattr(recipes, name, lambda model, *rest, used=used, **k: learnt.append(rest) or used(model, *rest, **k))
+    assert command.main([]) == 0
+    base, table = recipes.base(bar=False), capsys.readouterr().out
+    assert base.setting == recipes.dpo(bar=False).setting == setting
+    assert base.heldout == [story.text for story in World(setting=setting).stories(500, "heldout")] == [s.text for s in recipes.heldout_stories(setting)]
+    assert recipes.training_texts(recipes.STORIES)[23:25] == [World(setting=setting).sample(23).text, World(HARBOUR, setting).sample(24).text]
+    tokens = sum(len(recipes.encode_document(text, base.tokenizer)) - 1 for text in base.heldout)
+    assert abs(base.floor + sum(s.logp for s in recipes.heldout_stories(setting)) / tokens) < 1e-9
+    (chat, *_), (lora, *_), (_, asked, _) = learnt
+    assert (chat, lora) == (dialogues(48, setting=setting), dialogues(48, region=HARBOUR, setting=setting))
+    assert asked == exams(48, "train", setting=setting)
+    assert f"{scorecard.bounds(setting)[0]:.4f}" in table and f"{scorecard.bounds(Setting())[0]:.4f}" not in table

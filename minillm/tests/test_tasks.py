@@ -1,13 +1,18 @@
 """The tasks of the story world: answers that follow from the facts, a reward that reads them right, and no shared stories."""
+import itertools
 import random
 import re
 
 import pytest
 
 from minillm.sft import check_dialogue
+from minillm.sizes import SIZES
 from minillm.tasks import ASK, MANNERS, SMALL_TALK, UNKNOWN, Question, dialogues, exams, instructions, questions
+from minillm.tests.test_world import read
 from minillm.words import HARBOUR, VALLEY
 from minillm.world import Setting, World
+
+RICH = SIZES["gpu"].stories.setting
 
 
 @pytest.mark.parametrize("region", (VALLEY, HARBOUR), ids=("valley", "harbour"))
@@ -29,6 +34,41 @@ def test_every_question_has_the_answer_that_the_text_gives(region):
     assert seen == {(about, unknown, False) for about in ASK for unknown in (True, False)} | {(about, False, True) for about in ("holder", "thing")}
 
 
+@pytest.mark.parametrize("setting", (Setting(), RICH), ids=("plain", "rich"))
+def test_every_answer_is_what_a_reader_of_the_text_finds(setting):
+    """Of several things and characters each, and of those that the story does not have."""
+    seen, unknown = set(), 0
+    for seed in range(300):
+        story = World(setting=setting).sample(seed)
+        things, where = read(story.text)
+        for q in questions(story, VALLEY, random.Random(seed), 4):
+            found = [answer[1:-1] for thing, answer in things.items() if q.thing in (f"the {thing}", f"the {thing.split()[1]}")]
+            assert len(found) <= 1, "two things that the question may mean"
+            if q.about == "place":
+                expected = where.get(q.thing)
+            else:
+                expected = found[0] if found else None
+                if q.about == "holder" and found:
+                    expected = expected.split()[2].rstrip(",") if expected.startswith("is with ") else "nobody"
+            assert q.value == expected, (story.text, q)
+            unknown += q.value is None
+            seen.add((q.about, len(story.things), len(where)))
+    people, objects = (range(least, most + 1) for least, most in (setting.characters, setting.objects))
+    assert seen == set(itertools.product(ASK, objects, people))
+    assert 0.2 < unknown / 1200 < 0.4
+
+
+def test_candidates_count_every_answer_that_could_be_true():
+    """Each true answer is among those that one could make of the names and places in the story."""
+    for region in VALLEY, HARBOUR:
+        for messages, q in exams(300, region=region, setting=RICH):
+            names = {name for name in region.she + region.he if re.search(rf"\b{name}\b", messages[0]["content"].replace(q.text, ""))}
+            places = {p for p in region.places if p.split(" ", 1)[1] in messages[0]["content"]}
+            guesses = {"holder": names | {"nobody"}, "place": places,
+                       "thing": {f"is with {n}, {p}" for n in names for p in places} | {f"lies {p}" for p in places}}[q.about] | {None}
+            assert len(guesses) == q.candidates and q.value in guesses, q
+
+
 def test_a_thing_without_its_colour_is_unambiguous():
     world = World(setting=Setting(objects=(4, 4)))
     assert all(len({thing.noun for thing in world.sample(seed).things}) == 4 for seed in range(300))
@@ -47,9 +87,10 @@ def test_reward_reads_truth_and_manners():
     assert unknown.reward(UNKNOWN["polite"]) == 1.5 and unknown.reward("Leo is on the hill.") == -1 and unknown.right("I don't know.")
 
 
+@pytest.mark.parametrize("setting", (Setting(), RICH), ids=("plain", "rich"))
 @pytest.mark.parametrize("region", (VALLEY, HARBOUR), ids=("valley", "harbour"))
-def test_every_answer_is_read_back(region):
-    for _, q in exams(400, region=region):
+def test_every_answer_is_read_back(region, setting):
+    for _, q in exams(400, region=region, setting=setting):
         for manner in MANNERS:
             assert q.read(q.answer(manner)) == (manner, q.value)
             assert q.read(q.answer(manner, None)) == (manner, None)
@@ -72,6 +113,18 @@ def test_dialogues_are_well_formed_and_drawn_anew_in_each_split():
     told = [[i for i, m in enumerate(d) if m["role"] == "assistant" and len(m["content"]) > 150] for d in training]
     assert all(len(told[i]) > 0 for i in range(0, 500, 5)) and 20 < sum(len(t) == 2 for t in told) < 60
     assert not any(len(t) == 2 for i, t in enumerate(told) if i % 5)
+
+
+@pytest.mark.parametrize("region", (VALLEY, HARBOUR), ids=("valley", "harbour"))
+def test_a_rich_setting_is_in_all_that_is_asked_and_told(region):
+    """More than the two characters that a plain story has, and other stories to request."""
+    told = [dialogues(40, region=region, setting=RICH), [d for d, _ in exams(40, region=region, setting=RICH)]]
+    for messages in itertools.chain(*told):
+        check_dialogue(messages)
+    for part, least in zip(told, (20, 15)):
+        texts = [max((m["content"] for m in d), key=len) for d in part]
+        assert sum(sum(f"{name} " in text or f"{name}," in text for name in region.she + region.he) > 2 for text in texts) > least
+    assert instructions(40, region=region, setting=RICH) != instructions(40, region=region)
 
 
 def test_instructions_name_what_the_story_must_have():

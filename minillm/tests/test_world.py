@@ -9,6 +9,7 @@ import pytest
 
 from minillm import world
 from minillm.data import shingles
+from minillm.sizes import SIZES
 from minillm.words import VALLEY, Region
 from minillm.world import Setting, World
 
@@ -47,7 +48,21 @@ def test_probabilities_sum_to_one_and_no_text_has_two_origins(monkeypatch, case)
     if setting.objects == (1, 2):
         region = Region(**{**vars(region), "colours": TWO.colours, "things": TWO.things})
     trim(monkeypatch, sentences)
-    source = World(region, setting)
+    check_probabilities(World(region, setting), phrases)
+
+
+def test_probabilities_where_characters_things_and_events_vary(monkeypatch):
+    """As the setting of the size gpu has it. Of the events, those that say who has which of two things, each in one way."""
+    trim(monkeypatch, 1, links=1)
+    some = "walk", "give", "drop", "take", "who", "lost"
+    monkeypatch.setattr(world, "EVENTS", {event: (weight, ways[-1:]) for event, (weight, ways) in world.EVENTS.items() if event in some})
+    found = check_probabilities(World(TWO, Setting((1, 2), (1, 2), (0, 1))), ("handed the red apple", "Where is the orange kite", "Tom left the"))
+    assert found == set(itertools.product((1, 2), (1, 2), (False, True)))
+
+
+def check_probabilities(source, phrases):
+    """The probabilities of all stories sum to one, and those drawn have the mean -log p of all; returns what numbers of
+    characters and things occur, with and without an event."""
     stories = listed(source)
     assert len(stories) > 5000
     for phrase in phrases:
@@ -58,6 +73,7 @@ def test_probabilities_sum_to_one_and_no_text_has_two_origins(monkeypatch, case)
     assert abs(statistics.mean(sampled) - entropy) < 4 * error
     by_text = {story.text: story.logp for story in stories}
     assert all(abs(by_text[story.text] - story.logp) < 1e-9 for story in source.stories(200, "heldout"))
+    return {(len(story.characters), len(story.things), "One " in story.text) for story in stories}
 
 
 MEDIUM = Region(she=("Mia", "Vera"), he=("Tom", "Ben"), kinds=("fox", "owl", "cat"), traits=("shy", "honest", "proud"),
@@ -78,6 +94,12 @@ def test_logprob_finds_the_one_origin_of_a_text(seed):
 def test_logprob_of_what_cannot_be_told(change):
     source = World(ONE, Setting((1, 1), (1, 1), (1, 2)))
     assert source.logprob(change(source.sample(0).text)) == -math.inf
+
+
+def test_every_number_in_a_range_occurs_and_no_other():
+    stories = World(setting=Setting((2, 4), (1, 3), (4, 12))).stories(500)
+    assert {len(s.characters) for s in stories} == {2, 3, 4} and {len(s.things) for s in stories} == {1, 2, 3}
+    assert {s.asked is s.things[-1] for s in stories} == {True, False}
 
 
 def test_sampling_depends_on_seed_and_split_only():
@@ -132,7 +154,8 @@ KINDS = {"home": HOMES, "thing": THINGS, **EVENTS}    # a sentence of no kind, o
 
 
 def read(text):
-    """The last sentence that a careful reader expects, as {thing: answer}; asserts that each sentence agrees with the others."""
+    """The last sentence that a careful reader expects, as {thing: answer}, and where each character is, as {name: place}; asserts that
+    each sentence agrees with the others."""
     where, holder, lies, last = {}, {}, {}, None
     body = text[:text.rindex("So now ")]
     at = match.end() if (match := HERALD.match(body)) else 0
@@ -173,13 +196,14 @@ def read(text):
                 del holder[thing]
             last = who
     return ({thing: f" is with {name}, {where[name]}." for thing, name in holder.items()}
-            | {thing: f" lies {place}." for thing, place in lies.items()})
+            | {thing: f" lies {place}." for thing, place in lies.items()}), where
 
 
-def test_answers_follow_from_the_text_alone():
+@pytest.mark.parametrize("setting", [SIZES["cpu"].stories.setting, SIZES["gpu"].stories.setting], ids=("cpu", "gpu"))
+def test_answers_follow_from_the_text_alone(setting):
     lying = 0
-    for story in World().stories(2000):
-        expected = read(story.text)
+    for story in World(setting=setting).stories(2000):
+        expected, _ = read(story.text)
         assert expected[story.asked.name.removeprefix("the ")] == story.answer, story.text
         assert len(expected) == len(story.things)
         lying += story.answer.startswith(" lies")
@@ -190,7 +214,7 @@ def test_the_reader_notices_a_wrong_story():
     story = next(s for s in World().stories(100) if " with " in s.answer)
     name = story.asked.holder.name
     wrong = story.text[:-len(story.answer)] + f" is with {'Tom' if name != 'Tom' else 'Ben'}, {story.asked.holder.place}."
-    assert read(wrong)[story.asked.name.removeprefix("the ")] == story.answer != wrong[len(story.question):]
+    assert read(wrong)[0][story.asked.name.removeprefix("the ")] == story.answer != wrong[len(story.question):]
     with pytest.raises(AssertionError, match="0 readings"):
         read("Tom flew to the moon. So now ")
 
@@ -201,3 +225,5 @@ def test_a_region_too_small_for_its_stories_is_refused():
         World(small)
     with pytest.raises(ValueError, match="3 characters"):
         World(replace(small, places=("by the river", "at the mill")), Setting(characters=(2, 3)))
+    with pytest.raises(ValueError, match="2 objects: got 1 and 12"):
+        World(replace(VALLEY, colours=("red",)), Setting(objects=(1, 2)))

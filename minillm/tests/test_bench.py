@@ -1,0 +1,206 @@
+"""bench.py: turns, the arithmetic of tables and shares, what is refused, pictures, and that each contender does the work it is timed for.
+
+Peers in checkouts are tested where MINILLM_PEERS names their folder, the others where they are installed."""
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from minillm import bench, bench_training, bench_writing, ceilings, peer_writers, peers, turns
+from minillm.generate import generate
+from minillm.model import Llama, LlamaConfig, count_parameters
+from minillm.tokenizer import Tokenizer
+
+FOLDER = Path(os.environ["MINILLM_PEERS"]) if "MINILLM_PEERS" in os.environ else None
+TINY = LlamaConfig(vocab_size=64, dim=64, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=168, max_seq_len=96)
+SECONDS = {"a": [4.0, 2.0, 3.0], "minillm": [1.0, 1.0, 2.0]}
+
+
+def batch(c, rows=4):
+    ids = torch.randint(c.vocab_size, (rows, 33), generator=torch.Generator().manual_seed(0))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def checkout(name):
+    if FOLDER is None or not (FOLDER / name).is_dir():
+        pytest.skip(f"MINILLM_PEERS names no folder with a checkout of {name}")
+    return FOLDER
+
+
+def peer(name):
+    known = peers.training_peers(checkout(name) if name in bench.CHECKOUTS else None)
+    return known.get(name) or pytest.skip(f"{name} is not installed")
+
+
+def test_contenders_take_turns_and_may_time_themselves():
+    calls = []
+    seconds = turns.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.5}, 3)
+    assert calls == list("abababab") and seconds["b"] == [2.5] * 3 and len(seconds["a"]) == 3 and max(seconds["a"]) < 0.5
+
+
+def test_a_table_has_the_ratio_of_medians_and_the_spread_of_the_turns():
+    t = turns.table("title", "tokens/s", 6, SECONDS, "a", lambda name, rate: {"share": f"{rate:.0f}!"}, ["a note"])
+    a, ours = t.rows
+    assert (a.rate, a.ratio, a.low, a.high) == (2, 1, 1, 1)
+    assert (ours.rate, ours.ratio, ours.low, ours.high) == (6, 3, 1.5, 4)
+    said = str(t).splitlines()
+    assert said[-1] == "a note" and said[-2].split() == ["minillm", "6", "3.00", "(1.50", "-", "4.00)", "6!"] and "share" in said[2]
+    assert turns.fastest(SECONDS | {"b": [2.0, 2.0, 9.0]}, ["a", "b"]) == "b"
+
+
+def test_a_picture_is_saved_whole(tmp_path):
+    t = turns.table("title", "tokens/s", 6, SECONDS, "a")
+    turns.plot([t, t], tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        picture.load()
+        assert picture.width > 500 and len(picture.convert("RGB").getcolors(10 ** 6)) > 10
+    assert [f.name for f in tmp_path.iterdir()] == ["x.png"]
+    axes = turns.plot([t]).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [1, 3] and "a" in axes.get_xlabel()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("train --rounds 0", "rounds must be at least 1"), ("--rounds -2 generate", "rounds must be at least 1"),
+    ("tokenize x --rounds 0", "rounds must be at least 1"),
+    ("generate --peers /no/such/folder", "there is no folder"), ("quantize --peers minillm", "none of the checkouts"),
+    ("train --shapes S Q", "no shape 'Q'"), ("generate --plot /no/such/folder/x.png", "cannot be saved"), ("train --plot x.txt", "cannot be saved"),
+    ("tokenize /no/such/file", "cannot be read"), ("tokenize pyproject.toml", "too small a text"), ("train --rounds two", "invalid int")])
+def test_refuses(arguments, words, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(arguments.split())
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and words in said and ": error:" in said
+
+
+def test_rounds_may_come_before_or_after_what_is_timed():
+    for arguments in ("--rounds 3 train", "train --rounds 3", "--rounds 5 train --rounds 3"):
+        assert bench.parser().parse_args(arguments.split()).rounds == 3
+    with pytest.raises(ValueError, match="at least 1"):
+        turns.in_turns({}, 0)
+
+
+def test_shares_by_hand():
+    c = LlamaConfig(vocab_size=1000, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=100, max_seq_len=128)
+    weights = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 100)
+    flops = 6 * (weights + 64 * 1000) + 2 * 12 * 64 * 128
+    assert ceilings.mfu(c, 128, rate=10_000, ceiling=200) == pytest.approx(flops * 10_000 / 200e9)
+    assert ceilings.bytes_a_token(c) == 4 * (weights + 5 * 64 + 64 * 1000)       # with the gains of 5 norms
+    assert ceilings.bytes_a_token(replace(c, tie_embeddings=True), 1) == weights + 5 * 64 + 64 * 1000
+    assert ceilings.matrix_product("float32").amount == pytest.approx(2 * 2048 ** 3 / 1e9)
+    assert ceilings.memory_read(8).work() == ceilings.memory_read(8).amount * 1e9 / 4       # as many ones as it says
+
+
+@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989e3), ("NVIDIA H100 PCIe", 756e3), ("NVIDIA H200", 989e3),
+                                        ("NVIDIA A100-SXM4-80GB", 312e3), ("NVIDIA L4", 121e3), ("NVIDIA L40S", None),
+                                        ("NVIDIA GeForce RTX 3090", 71e3), ("2 threads", None)])
+def test_peaks(name, peak):
+    assert ceilings.peak_of(name) == peak
+
+
+def test_measured_ceilings_take_their_turns():
+    calls = []
+    top = ceilings.Ceiling("top", "GB/s", 6, lambda: calls.append("t") or 3.0)
+    seconds, rates, line = ceilings.measured({"a": lambda: calls.append("a") or 1.0}, 2, [top])
+    assert calls == list("atatat") and seconds == {"a": [1, 1]} and rates == {"top": 2} and "top 2 GB/s" in line
+
+
+def learns(step, model, times=6):
+    before, losses = [p.detach().clone() for p in model.parameters()], [step().item() for _ in range(times)]
+    assert losses[-1] < losses[0] - 0.01, losses
+    assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_our_step_trains(precision, monkeypatch):
+    made = []
+    monkeypatch.setattr(bench_training, "Llama", lambda c: made.append(Llama(c)) or made[0])
+    learns(bench_training.our_step(TINY, precision, *batch(TINY)), made[0])
+
+
+@pytest.mark.parametrize("name", ["transformers", "litgpt", "llama2.c", "nanoGPT", "minimind", "LLMs-from-scratch"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_peers_are_as_large_as_ours_and_their_steps_train(name, tied):
+    c = replace(TINY, tie_embeddings=tied)
+    known, made = peer(name), []
+    size = sum(p.numel() for p in known.make(c).parameters())
+    assert size == count_parameters(c) if known.is_llama else abs(size / count_parameters(replace(c, tie_embeddings=True)) - 1) < 0.1
+    step = peers.peer_step(replace(known, make=lambda c: made.append(known.make(c)) or made[0]), c, "float32", *batch(c))
+    torch.manual_seed(0)
+    learns(step, made[0])
+
+
+@pytest.mark.parametrize("name", ["transformers", "litgpt", "minimind", "LLMs-from-scratch"])
+def test_peers_write_what_we_write(name):
+    peer(name)
+    torch.manual_seed(0)
+    model, ids = Llama(TINY).eval(), torch.randint(64, (3, 5))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 100      # so that it matters where a token stands
+        layer.self_attn.o_proj.weight.data *= 10
+    write = peer_writers.writers(model, FOLDER)[name]
+    assert torch.equal(write(ids, 20), generate(model, ids, 20, temperature=0)) and torch.equal(write(ids[:1], 20), write(ids, 20)[:1])
+
+
+def test_torchao_writes_nearly_what_we_write():
+    pytest.importorskip("torchao")
+    model = Llama(TINY).eval()
+    small = peer_writers.torchao_int8(peer_writers.with_weights_of(model), torch.float32)
+    assert "Int8Tensor" in type(small.model.layers[0].mlp.up_proj.weight).__name__
+    ids = torch.randint(64, (1, 8))
+    with torch.no_grad():
+        error = small(ids).logits - model(ids)
+        assert 0 < error.norm() < 0.05 * model(ids).norm()
+
+
+def test_minbpe_has_our_merges():
+    folder, text = checkout("minbpe"), "the cat and the hat and the bat " * 30
+    ours = Tokenizer.train(text, 268, special_tokens=())
+    assert peers.minbpe_like(folder, ours).encode(text) == ours.encode(text)
+    trained = peers.minbpe(folder)()
+    trained.train(text, 268)
+    assert len(trained.vocab) == 268 and peers.minbpe(None) is None
+
+
+@pytest.mark.parametrize("what", ["train", "generate", "quantize", "tokenize"])
+def test_each_comparison_runs(what, monkeypatch, capsys, tmp_path):
+    for known in (bench.SHAPES, bench.TALKERS):
+        monkeypatch.setitem(known, "M", TINY)
+    monkeypatch.setattr(bench_training, "place", lambda: (torch.device("cpu"), False))
+    monkeypatch.setattr(bench_writing, "memory_read", partial(ceilings.memory_read, 8))
+    arguments = [what, "--rounds", "1", "--plot", str(tmp_path / "x.png")]
+    if what == "tokenize":
+        words = (chr(97 + k % 26) + chr(97 + k // 26 % 26) + chr(97 + k // 676) for k in range(0, 17576, 3))
+        (tmp_path / "x.txt").write_text(" ".join(words))
+        arguments.append(str(tmp_path / "x.txt"))
+    bench.main(arguments + (["--shapes", "M"] if what != "tokenize" else []))
+    said = capsys.readouterr().out
+    assert "minillm" in said and (tmp_path / "x.png").stat().st_size > 5000
+    assert {"train": "float32 matrix product", "tokenize": "tiktoken"}.get(what, "reading memory") in said
+    if what == "generate":
+        assert said.count("minillm 100%") == 2
+    if what == "quantize":
+        assert "minillm float32 100%" in said and "minillm int8, exact" in said
+
+
+def test_the_table_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(bench_training, "place", lambda: (torch.device("cpu"), True))
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    monkeypatch.setitem(bench.GPU_SHAPES, "15M", replace(TINY, tie_embeddings=True, max_seq_len=32))
+    monkeypatch.setitem(bench_training.GPU_ROWS, "15M", 8)
+    used = iter(range(0, 10 ** 10, 10 ** 9))
+    for name, said in {"memory_allocated": lambda: next(used), "max_memory_allocated": lambda: 5 * 10 ** 9,
+                       "reset_peak_memory_stats": lambda: None, "get_device_name": lambda: "NVIDIA L4",
+                       "get_device_properties": lambda i: SimpleNamespace(total_memory=24e9)}.items():
+        monkeypatch.setattr(torch.cuda, name, said)
+    told = []
+    [t] = bench.train(rounds=1, shapes=["15M"], show=told.append)
+    assert told == [t] and "2 x 32 tokens, NVIDIA L4" in t.title
+    assert [row.more["peak memory"] for row in t.rows] == ["5.00 GB", "4.00 GB"]
+    assert all(row.more["of data sheet"].endswith("%") for row in t.rows)
+    assert {row.name.split()[0] for row in t.rows} == {"transformers", "minillm"} and "121 TFLOP/s" in t.notes[-1]
