@@ -139,8 +139,7 @@ class Llama(nn.Module):
         x = look_up(self.model.embed_tokens, ids)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, cos, sin, caches[i] if caches else None)
-        x = self.model.norm(x)
-        return self.lm_head(x) if head else x
+        return self.lm_head(self.model.norm(x)) if head else self.model.norm(x)
 
 # %% ../notebooks/05_llama.ipynb #3cea7afb
 def count_by_part(config):
