@@ -8,7 +8,7 @@ from torch import nn
 from minillm.model import Llama, LlamaConfig
 from minillm.tests.test_train import Batches, settings, tiny, weights
 from minillm.optim import AdamW, Muon
-from minillm.train import backward, clip_gradients, learning_rate, load_checkpoint, token_loss, train, TrainConfig
+from minillm.train import ahead, backward, clip_gradients, learning_rate, load_checkpoint, token_loss, train, TrainConfig
 
 
 def test_adamw_is_torchs():
@@ -133,3 +133,33 @@ def test_learning_rate_without_warmup_or_cosine():
     assert learning_rate(0, TrainConfig(steps=5, warmup=0, lr=1.0)) == 1.0
     assert learning_rate(4, TrainConfig(steps=5, warmup=5, lr=1.0)) == 1.0
     assert learning_rate(3, TrainConfig(steps=5, warmup=0, lr=1.0, min_lr=1)) == 1.0
+
+
+@pytest.mark.parametrize("some", ["", "norm", "proj"])
+def test_the_kernel_of_a_gpu_does_the_same_for_any_parameters(some):
+    """Also where there are no vectors, as in an adapter, or no matrices."""
+    ways = []
+    for way in ("move", "fused"):
+        optimizer = AdamW(tiny())
+        names = [n for n in optimizer.params if some in n]
+        for t in range(1, 4):
+            optimizer.t = t
+            for n in names:
+                optimizer.params[n].grad = torch.randn(optimizer.params[n].shape, generator=torch.Generator().manual_seed(t))
+            with torch.no_grad():
+                getattr(optimizer, way)(names, 1e-2)
+        ways.append(torch.cat([p.detach().flatten() for p in optimizer.params.values()]))
+    assert torch.allclose(*ways, atol=1e-6) and len(names) > 2
+
+
+def test_batches_ahead_of_time_come_in_order_and_raise_where_they_belong():
+    def get(step):
+        if step == 5:
+            raise OSError("disk gone")
+        return 10 * step
+    seen = []
+    with pytest.raises(OSError, match="disk gone"):
+        for step, got in ahead(get, range(2, 9)):
+            seen.append((step, got))
+    assert seen == [(2, 20), (3, 30), (4, 40)]
+    assert [step for step, _ in ahead(get, range(6, 9))] == [6, 7, 8]

@@ -197,3 +197,14 @@ def test_a_model_is_compiled_where_it_works(monkeypatch):
     model = tiny()
     train(model, Batches(), settings(compile=True))
     assert asked[-1] is model and training.compiled(model, "cpu") is model
+
+
+@pytest.mark.parametrize("change", [lambda head: setattr(head, "bias", torch.nn.Parameter(torch.linspace(-1, 1, head.out_features))),
+                                    lambda head: head.register_forward_hook(lambda module, args, out: 3 * out)], ids=["bias", "hook"])
+def test_a_head_that_is_more_than_its_weight_is_called(change):
+    """And not replaced by chunked_loss, which reads the weight only."""
+    model = tiny()
+    change(model.lm_head)
+    inputs, targets = Batches()[0]
+    expected = token_loss(model, inputs, targets).item() / (targets != -100).sum().item()
+    assert train(model, Batches(), settings())[0]["loss"] == pytest.approx(expected, rel=1e-5)
