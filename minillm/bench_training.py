@@ -4,7 +4,7 @@ from functools import partial
 import torch
 
 from minillm.bench_checks import chosen, describe
-from minillm.byhand import by_hand, chunked_loss
+from minillm.byhand import by_hand, chunked_loss, keep_memory
 from minillm.ceilings import matrix_product, measured, mfu, peak_of
 from minillm.model import Llama, LlamaConfig
 from minillm.optim import AdamW
@@ -119,8 +119,10 @@ def train(rounds=10, peers=None, shapes=None, compiling=False, show=lambda table
     ours in its default precision; on a GPU of 32 to 64 x 512 tokens at shapes 15M, 42M and 110M, all compiled and in bf16.
 
     Returns a list of Tables, one a shape; show(table) is called as each is done. The ratio is to the fastest peer with LLaMA's block. MFU
-    counts the FLOPs of our shape, for nanoGPT, too. Peak memory is that of a contender by itself. Raises Refused as check."""
+    counts the FLOPs of our shape, for nanoGPT, too. Peak memory is that of a contender by itself. On a CPU memory is kept for all of them
+    (keep_memory), or where it lies would decide. Raises Refused as check."""
     tables = []
+    keep_memory()
     shapes, peers = chosen(GPU_SHAPES if place()[1] else SHAPES, rounds, peers, shapes)
     for name, c in shapes:
         tables.append(train_shape(name, c, rounds, peers, compiling))

@@ -67,14 +67,12 @@ def scores(t):
 
 def saved_by_hand(c, b, t, precision):
     """Bytes that one block by hand keeps, of its attention half and its feed-forward half: the stream, the factors of the norm, the normed
-    input; queries and keys together, values, and where heads share them copies of keys and values for all heads, probabilities, all in
-    float32; the result of attention; gate and up. The joined weights of queries, keys and values are a copy; so are the others' in bfloat16."""
+    input; queries, keys and values of all heads, and probabilities, in float32; the result of attention; gate and up. The joined weights
+    of queries, keys and values are a copy."""
     halves = 2 * b * t * (c.dim * (FLOAT + width(precision)) + FLOAT)
-    copies = c.n_kv_heads if c.n_kv_heads != c.n_heads else 0
-    heads = b * t * (3 * c.n_heads + copies) * c.head_dim * FLOAT + b * c.n_heads * scores(t) * FLOAT
+    heads = 3 * b * t * c.dim * FLOAT + b * c.n_heads * scores(t) * FLOAT
     joined = c.dim * (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * width(precision)
-    others = (c.dim**2 + 3 * c.dim * c.hidden_dim) * 2 if precision == "bf16" else 0
-    return halves + heads + b * t * (c.dim + 2 * c.hidden_dim) * width(precision) + joined + others
+    return halves + heads + b * t * (c.dim + 2 * c.hidden_dim) * width(precision) + joined
 
 
 def saved_activations(c, b, t, precision, device="cuda"):
@@ -100,23 +98,22 @@ def loss_tensors(c, b, t, precision):
 def largest_temporaries(c, b, t, precision, device="cuda"):
     """In the backward pass of the last block, above what is saved. Of modules: the gradients by SwiGLU's product, by silu and by up, less the
     product, which has gone; the gradient by the stream, in float32 and as the products take it. By hand: silu of the gate, the gradients
-    by the product and by the gate; those by the result, by the stream and by the norm's result; and those of the three matrices."""
+    by the product and by the gate; those by the result, by the norm's result and by the stream; those of the matrices of gate and up before
+    and after the gain; these two matrices with the gain in them; the gradient of the third."""
     if device == "cpu":
         narrow = width(precision) if precision == "bf16" else 0
-        return b * t * (3 * c.hidden_dim * width(precision) + c.dim * (3 * FLOAT + narrow)) + 3 * c.dim * c.hidden_dim * (FLOAT + narrow)
+        return (b * t * (3 * c.hidden_dim * width(precision) + c.dim * (3 * FLOAT + narrow))
+                + c.dim * c.hidden_dim * (3 * width(precision) + 4 * FLOAT))
     return b * t * (2 * c.hidden_dim * width(precision) + c.dim * (FLOAT + width(precision)))
 
 
 def optimizer_temporaries(c, muon=False):
-    """Of AdamW: sqrt(v), and that divided, of the largest matrix. Of Muon: of all matrices of one shape (o, i) together four tensors,
-    x, its multiple, the product and the sum, and one of (o, o) or (i, i), the smaller, all float32."""
-    shapes = {"embedding": (1, c.vocab_size, c.dim), "gate and up": (2 * c.n_layers, c.hidden_dim, c.dim), "down": (c.n_layers, c.dim, c.hidden_dim)}
-    if c.n_kv_heads == c.n_heads:
-        shapes["q, k, v, o"] = 4 * c.n_layers, c.dim, c.dim
-    else:
-        shapes |= {"q, o": (2 * c.n_layers, c.dim, c.dim), "k, v": (2 * c.n_layers, c.n_kv_heads * c.head_dim, c.dim)}
-    adamw = 2 * max(o * i for _, o, i in shapes.values())
-    return FLOAT * max([adamw] + [n * (4 * o * i + min(o, i)**2) for name, (n, o, i) in shapes.items() if muon and name != "embedding"])
+    """Of AdamW: sqrt(v), and that divided, of the largest matrix. Of Muon: of all matrices of one shape (o, i) together x and the next x,
+    and one of (o, o) or (i, i), the smaller, all float32; or, before, x in bfloat16. (The updates of a shape take the place of its gradients.)"""
+    d, f, narrow = c.dim, c.hidden_dim, c.n_kv_heads * c.head_dim
+    heads = [(4, d, d)] if narrow == d else [(2, d, d), (2, narrow, d)]
+    shapes = [*heads, (2, f, d), (1, d, f)] if muon else []
+    return FLOAT * max([2 * max(c.vocab_size, f) * d] + [c.n_layers * n * (2 * o * i + max(min(o, i)**2, o * i // 2)) for n, o, i in shapes])
 
 
 def training_memory(config, batch, t, precision, device="cuda", muon=False, accumulate=1):

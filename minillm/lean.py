@@ -14,12 +14,12 @@ from .layers import RMSNorm, SwiGLU
 from .model import Block, Llama
 
 
-def product(*weights):
-    """A function x (b, i) -> x @ w.T (b, o), where w (o, i) is the weights one below the other.
+def product(w):
+    """A function x (b, i) -> x @ w.T (b, o), for w (o, i).
 
     A large w goes by bmm in four blocks of rows while b is small: on a CPU F.linear reads it at a part of the bandwidth then.
     """
-    w = (torch.cat(weights) if len(weights) > 1 else weights[0]).detach()
+    w = w.detach()
     o, i = w.shape
     if w.numel() < 2 ** 17 or o % 4:
         return lambda x: F.linear(x, w)
@@ -35,11 +35,15 @@ def side_by_side(*layers):
     """A function x (b, i) -> the outputs (b, o) of linear layers side by side: product for plain ones; a layer of another kind,
     as those in int8 of chapter 17, brings its own, `joined`."""
     kinds = {type(layer) for layer in layers}
+    parts = layers
     if kinds == {nn.Linear}:
-        return product(*(layer.weight for layer in layers))
-    if len(kinds) == 1:
-        return type(layers[0]).joined(layers)
-    return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
+        weights = [layer.weight for layer in layers]
+        if len(weights) > 1 and sum(w.numel() for w in weights) < 2 ** 20:
+            weights = [torch.cat(weights)]
+        parts = [product(w) for w in weights]
+    elif len(kinds) == 1:
+        parts = [type(layers[0]).joined(layers)]
+    return parts[0] if len(parts) == 1 else lambda x: torch.cat([part(x) for part in parts], dim=-1)
 
 
 def stack_layer(layer):

@@ -59,9 +59,10 @@ def orthogonalize(x):
     x = x.bfloat16() / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)        # float32 from here on: the norm is
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    for _ in range(5):
+    for _ in range(5):                       # x becomes 3.4445 x - 4.7750 s x + 2.0315 s s x
         s = x @ x.mT
-        x = 3.4445 * x + (2.0315 * s @ s - 4.7750 * s) @ x
+        s = torch.baddbmm(s, s, s, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, s, x, beta=3.4445)
     return x.mT if tall else x
 
 # %% ../notebooks/07_training.ipynb #ab074795

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .byhand import by_hand, chunked_loss, plain_head      # chapter 23 builds them
+from .byhand import by_hand, chunked_loss, keep_memory, plain_head      # chapter 23 builds them
 from .checkpoint import load_checkpoint, resume, save_checkpoint, stop_signal      # load_checkpoint: to be had here, too
 from .data import check_batch
 from .optim import AdamW, Muon      # section 07.3 builds them
@@ -226,6 +226,8 @@ def train(model, batches, config, loss=token_loss, count=count_targets):
     c, device = config, next(model.parameters()).device
     precision = c.precision or default_precision(device)
     optimizer, history, run = begin(model, batches, c, loss)
+    if device.type == "cpu":
+        keep_memory()
     forward = compiled(model, device) if c.compile else by_hand(model)      # the same function of the same weights
     loss = chunked_loss if loss is token_loss and plain_head(model) else loss
     floor = f" (floor {c.floor:.3f})" if c.floor else ""

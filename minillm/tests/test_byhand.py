@@ -81,17 +81,17 @@ def test_every_length_and_batch(b, t, in_float64):
     assert_same(*by_both(in_float64(n_layers=1), batch(b, t)), 1e-11)
 
 
-@pytest.mark.parametrize("b, t", [(1, 1), (4, 64), (5, 65), (9, 200)])
-def test_tiles_cover_what_the_mask_leaves_once(b, t):
-    seen = torch.zeros(b, t, t, dtype=torch.int)
-    for rows, i, j in tiles(b, t):
-        seen[rows, i, j] += 1
+@pytest.mark.parametrize("t", [1, 64, 65, 200])
+def test_tiles_cover_what_the_mask_leaves_once(t):
+    seen = torch.zeros(t, t, dtype=torch.int)
+    for i, j in tiles(t):
+        seen[i, j] += 1
     assert seen.max() == 1 and torch.equal(seen.tril(), torch.ones_like(seen).tril())
     assert t < 128 or seen.float().mean() < 0.75
 
 
 def test_the_halves_against_finite_differences(monkeypatch):
-    monkeypatch.setattr(byhand, "QUERIES", 2), monkeypatch.setattr(byhand, "ROWS", 2)
+    monkeypatch.setattr(byhand, "QUERIES", 2)
     block = build(dim=8, n_heads=4, n_layers=1, hidden_dim=5, dtype=torch.float64).model.layers[0]
     cos, sin = (z.double() for z in rope_cache(2, 5))
     x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
@@ -156,6 +156,7 @@ def test_bf16_is_as_far_off_as_autocast(shape):
 
 def test_where_bf16_rounds():
     block, x = build(dim=64, hidden_dim=96).model.layers[0], torch.randn(500, 64)
+    block.post_attention_layernorm.weight.data = 2.0 ** torch.randint(-1, 2, (64,))       # in x or in the weights, such gains change no rounding
     exact = x + block.mlp(block.post_attention_layernorm(x))
     with torch.autocast("cpu", torch.bfloat16):
         plain = x + block.mlp(block.post_attention_layernorm(x))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from minillm.generate import generate, make_caches, steps
-from minillm.lean import is_plain, product, runner
+from minillm.lean import is_plain, runner, side_by_side
 from minillm.layers import RMSNorm
 from minillm.model import Llama
 from minillm.quantize import Int4Linear, Int8Linear, quantize_model
@@ -93,13 +93,13 @@ def test_layers_in_int8_of_different_settings_are_not_joined_and_those_in_int4_n
     assert not is_plain(quantize_model(build(), partial(Int4Linear, group=8), ("v_proj",)))
 
 
-@pytest.mark.parametrize("sizes", [((8, 16),), ((8, 16), (4, 16)), ((7, 16),), ((300, 400), (100, 400)), ((401, 400),)])
+@pytest.mark.parametrize("sizes", [((8, 16),), ((8, 16), (4, 16)), ((7, 16),), ((300, 400), (100, 400)), ((401, 400),), ((700, 1024), (401, 1024))])
 @pytest.mark.parametrize("b", [1, 2, 4, 5, 16])
-def test_product_is_a_matrix_product(sizes, b):
-    weights, x = [nn.Parameter(torch.randn(size)) for size in sizes], torch.randn(b, sizes[0][1])
-    out = product(*weights)(x)
+def test_layers_side_by_side_are_one_matrix_product(sizes, b):
+    layers, x = [nn.Linear(i, o, bias=False) for o, i in sizes], torch.randn(b, sizes[0][1])
+    out = side_by_side(*layers)(x)
     assert not out.requires_grad and out.shape == (b, sum(o for o, _ in sizes))
-    torch.testing.assert_close(out, x @ torch.cat(weights).T.detach(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(out, torch.cat([layer(x) for layer in layers], dim=1).detach(), atol=1e-5, rtol=0)
 
 
 def test_the_model_is_left_as_it_was_also_by_a_stream_that_is_left():

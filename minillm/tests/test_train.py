@@ -1,5 +1,8 @@
 """What the notebook on training cannot show: diverging runs, settings that cannot train, losses, accumulation, torch.compile."""
 import math
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -208,3 +211,24 @@ def test_a_head_that_is_more_than_its_weight_is_called(change):
     inputs, targets = Batches()[0]
     expected = token_loss(model, inputs, targets).item() / (targets != -100).sum().item()
     assert train(model, Batches(), settings())[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other C library is told to keep memory")
+def test_memory_is_kept_for_the_next_step():
+    """In a process of its own, since what is kept stays: a step of train() maps no new memory, as it does without keep_memory."""
+    code = """if True:
+        import resource, sys, torch
+        from minillm import train as module
+        from minillm.model import Llama, LlamaConfig
+        if sys.argv[1] == "without":
+            module.keep_memory = lambda: None
+        marks = []
+        def batches(i):
+            marks.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+            return torch.zeros(8, 256, dtype=torch.int64), torch.zeros(8, 256, dtype=torch.int64)
+        lazy = type("Lazy", (), {"__getitem__": lambda self, i: batches(i)})()
+        module.train(Llama(LlamaConfig(vocab_size=512)), lazy, module.TrainConfig(8, 1e-3, warmup=1, bar=False, precision="float32"))
+        print(marks[-1] - marks[-2])"""
+    faults = {how: int(subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True, text=True).stdout)
+              for how in ("with", "without")}
+    assert faults["with"] < 500 and faults["without"] > 2000, faults
