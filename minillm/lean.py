@@ -52,7 +52,7 @@ def stack_layer(layer):
     return (layer.input_layernorm.weight, side_by_side(a.q_proj, a.k_proj, a.v_proj), side_by_side(a.o_proj),
             layer.post_attention_layernorm.weight, side_by_side(m.gate_proj, m.up_proj), side_by_side(m.down_proj))
 
-
+# %% ../notebooks/08_generation.ipynb #3ebc0d0d
 def lean_step(model):
     """A function (tokens (b,), caches) -> logits (b, v), equal to model(tokens[:, None], caches, start)[:, -1] of a plain
     Llama (is_plain), in fewer and larger operations. It works with the weights as they are now."""
