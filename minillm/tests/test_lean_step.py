@@ -94,7 +94,7 @@ def test_layers_in_int8_of_different_settings_are_not_joined_and_those_in_int4_n
 
 
 @pytest.mark.parametrize("sizes", [((8, 16),), ((8, 16), (4, 16)), ((7, 16),), ((300, 400), (100, 400)), ((401, 400),), ((700, 1024), (401, 1024))])
-@pytest.mark.parametrize("b", [1, 2, 4, 5, 16])
+@pytest.mark.parametrize("b", [1, 2, 4, 5, 8, 9, 16, 32])
 def test_layers_side_by_side_are_one_matrix_product(sizes, b):
     layers, x = [nn.Linear(i, o, bias=False) for o, i in sizes], torch.randn(b, sizes[0][1])
     out = side_by_side(*layers)(x)
