@@ -7,7 +7,7 @@ from torch import nn
 
 from minillm.model import Llama, LlamaConfig
 from minillm.tests.test_train import Batches, settings, tiny, weights
-from minillm.optim import AdamW, Muon
+from minillm.optim import AdamW, Muon, orthogonalize
 from minillm.train import ahead, backward, clip_gradients, learning_rate, load_checkpoint, token_loss, train, TrainConfig
 
 
@@ -163,3 +163,12 @@ def test_batches_ahead_of_time_come_in_order_and_raise_where_they_belong():
             seen.append((step, got))
     assert seen == [(2, 20), (3, 30), (4, 40)]
     assert [step for step, _ in ahead(get, range(6, 9))] == [6, 7, 8]
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 10), (1, 10, 24)])
+def test_orthogonalize_is_five_times_a_polynomial_of_the_singular_values(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16().float()         # as it is rounded at first
+    u, s, v = torch.linalg.svd(x.double() / x.double().norm(dim=(1, 2), keepdim=True), full_matrices=False)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(orthogonalize(x).double(), (u * s[:, None]) @ v, atol=1e-4, rtol=0)
