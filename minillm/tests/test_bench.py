@@ -171,7 +171,9 @@ def test_minbpe_has_our_merges():
 def test_each_comparison_runs(what, monkeypatch, capsys, tmp_path):
     for known in (bench.SHAPES, bench.TALKERS):
         monkeypatch.setitem(known, "M", TINY)
+    kept = []
     monkeypatch.setattr(bench_training, "place", lambda: (torch.device("cpu"), False))
+    monkeypatch.setattr(bench_training, "keep_memory", lambda: kept.append(what))
     monkeypatch.setattr(bench_writing, "memory_read", partial(ceilings.memory_read, 8))
     arguments = [what, "--rounds", "1", "--plot", str(tmp_path / "x.png")]
     if what == "tokenize":
@@ -180,7 +182,7 @@ def test_each_comparison_runs(what, monkeypatch, capsys, tmp_path):
         arguments.append(str(tmp_path / "x.txt"))
     bench.main(arguments + (["--shapes", "M"] if what != "tokenize" else []))
     said = capsys.readouterr().out
-    assert "minillm" in said and (tmp_path / "x.png").stat().st_size > 5000
+    assert kept == ["train"] * (what == "train") and "minillm" in said and (tmp_path / "x.png").stat().st_size > 5000
     assert {"train": "float32 matrix product", "tokenize": "tiktoken"}.get(what, "reading memory") in said
     if what == "generate":
         assert said.count("minillm 100%") == 2
