@@ -89,7 +89,7 @@ def cast_weights(c, precision):
 
 def loss_tensors(c, b, t, precision):
     """When the loss goes through its parts (byhand.LinearCrossEntropy): the states and their gradient; the gradient of the output matrix,
-    and its copy in bfloat16; of a part of at most 1024 tokens the logits and their log-softmax, and the latter of the part before."""
+    and its copy in bfloat16; of a part of at most 1024 tokens the logits and their softmax, and the latter of the part before."""
     part, narrow = min(1024, b * t), width(precision) if precision == "bf16" else 0
     before = FLOAT + narrow if b * t > 1024 else 0
     return 2 * b * t * c.dim * FLOAT + c.vocab_size * c.dim * (FLOAT + narrow) + part * c.vocab_size * (2 * FLOAT + before)
@@ -217,8 +217,8 @@ def presets(least=4):
 
 
 def recipe_rows(name="gpu"):
-    """A row for base and chat of a size: tokens, the memory of a batch of the longest, and the minutes on each GPU. From a sample of
-    stories and dialogues and a tokenizer trained on it."""
+    """A row for base and chat of a size: tokens, the memory of a batch of the longest, and the minutes on each GPU that has that memory.
+    From a sample of stories and dialogues and a tokenizer trained on it."""
     size = SIZES[name]
     c = size.stories.model
     texts = training_texts(replace(size.stories, stories=6000))
@@ -230,7 +230,8 @@ def recipe_rows(name="gpu"):
         mean, longest = statistics.mean(found), max(found)
         memory = training_memory(c, recipe.batch_size, longest, "bf16", muon=recipe.training.muon > 0, accumulate=recipe.training.accumulate)["peak"]
         rows.append({"stage": stage, "batch": f"{recipe.batch_size} x {longest}", "memory": f"{memory / 2**30:.1f} GB", "tokens": f"{n * mean / 1e6:.1f} M"}
-                    | {f"{gigabytes} GB": f"{60 * hours(c, mean, n * mean, gigabytes):.1f} min" for gigabytes in GPUS})
+                    | {f"{gigabytes} GB": f"{60 * hours(c, mean, n * mean, gigabytes):.1f} min" if memory <= (1 - SPARE) * gigabytes * 2**30
+                       else "too small" for gigabytes in GPUS})
     return rows
 
 

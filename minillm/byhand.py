@@ -173,7 +173,7 @@ class BlockByHand(nn.Module):
         self.block = block
 
     def forward(self, x, cos, sin, cache=None):
-        """As Block.forward. Beyond 512 positions the probabilities that are kept take more memory than time is won."""
+        """As Block.forward. Beyond 512 positions the probabilities that would be kept grow too large."""
         block = self.block
         if cache is not None or x.shape[1] > 512:
             return block(x, cos, sin, cache)

@@ -108,6 +108,7 @@ def test_the_size_gpu_takes_minutes_and_fits_where_it_is_said_to():
     for row in base, chat:
         assert float(row["24 GB"].split()[0]) < 10 and float(row["80 GB"].split()[0]) < 5
         assert float(row["memory"].split()[0]) < 0.9 * 8
+        assert float(row["memory"].split()[0]) > 0.9 * 4 and row["4 GB"] == "too small"
     dpo, c = SIZES["gpu"].dpo, SIZES["gpu"].stories.model           # rows of two answers to a question: 2 a pair, in float32, below 350 tokens
     assert budget.training_memory(c, 2 * dpo.batch_size, 350, "float32", accumulate=2)["peak"] < 0.9 * 8 * 2**30
     n, mean = SIZES["gpu"].stories.stories, float(base["tokens"].split()[0]) * 1e6 / SIZES["gpu"].stories.stories
