@@ -17,7 +17,7 @@ from .model import Block, Llama
 def product(w):
     """A function x (b, i) -> x @ w.T (b, o), for w (o, i).
 
-    A large w goes by bmm in four blocks of rows where b is small or a multiple of 16: there F.linear is slower on the CPUs that we measured.
+    A large w goes by bmm in four blocks of rows where b is small or a multiple of 16: there F.linear is slower on the processor that we measured.
     """
     w = w.detach()
     o, i = w.shape
