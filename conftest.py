@@ -29,5 +29,5 @@ def pytest_collection_modifyitems(items):
     what needs none. The rest of the chapters that start from a stage come last, and find it built."""
     if PARALLEL:
         chapters = {item.path for item in items if item.path.suffix == ".ipynb"}
-        staged = {path for path in chapters if "import recipes" in path.read_text(encoding="utf-8")}
+        staged = {path for path in chapters if "import stages" in path.read_text(encoding="utf-8")}
         items.sort(key=lambda item: 0 if item.path == max(staged, default=None) else 2 if item.path in staged else 1)

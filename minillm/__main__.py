@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
-from minillm import scorecard, serve as server
+from minillm.arc import scorecard
 from minillm.data import ENDOFTEXT
 from minillm.generate import stream
 from minillm.hub import save_gguf, save_pretrained
 from minillm.parallel import joined
+from minillm.serving import server
 from minillm.sft import answer_room, encode_prompt
 
 try:
-    from minillm import recipes
+    from minillm.arc import stages
 except ValueError as error:      # MINILLM_SIZE names no size
     if __name__ != "__main__":
         raise
@@ -27,13 +28,13 @@ ANSWER = 400      # tokens that an answer may have: a story and some more
 
 def arc():
     """Every stage of the course's model, one after another, each with its row of the scorecard."""
-    base = recipes.base()
-    print(f"After training it writes:\n{recipes.samples(base.model, base.tokenizer, 10)}\n")
+    base = stages.base()
+    print(f"After training it writes:\n{stages.samples(base.model, base.tokenizer, 10)}\n")
     rows = [scorecard.bounds(base.setting)[1], scorecard.score("base", base.model, base.tokenizer, setting=base.setting)]
     print(scorecard.table(rows))
-    chat = recipes.chat()
+    chat = stages.chat()
     for name in "chat", "lora", "dpo", "int8":
-        stage = getattr(recipes, name)()
+        stage = getattr(stages, name)()
         rows.append(scorecard.score(name, stage.model, stage.tokenizer, None if name == "chat" else chat.model, base.setting))
         print(scorecard.table(rows))
     print(f'{scorecard.LEGEND}\n\nTalk with it: python -m minillm chat')
@@ -41,8 +42,8 @@ def arc():
 
 def own_text(paths):
     """A base model of the reader's own files."""
-    stage = recipes.from_files(paths)
-    print(f"After training it writes:\n{recipes.samples(stage.model, stage.tokenizer, 3)}\n")
+    stage = stages.from_files(paths)
+    print(f"After training it writes:\n{stages.samples(stage.model, stage.tokenizer, 3)}\n")
     print(f"Held-out text: {scorecard.bits_per_byte(stage.model, stage.heldout, stage.tokenizer):.4f} bits per byte")
 
 
@@ -50,7 +51,7 @@ def answer(stage, messages, seed=0):
     """Print the answer to a dialogue while it is generated; returns it. Raises ValueError if it leaves no room."""
     ids, text = encode_prompt(messages, stage.tokenizer), ""
     room, end = min(ANSWER, answer_room(ids, stage.model)), stage.tokenizer.special_tokens[ENDOFTEXT]
-    ids = torch.tensor([ids], device=recipes.device())
+    ids = torch.tensor([ids], device=stages.device())
     for piece in stream(stage.model, stage.tokenizer, ids, room, stop=end, temperature=0.5, seed=seed):
         print(piece, end="", flush=True)
         text += piece
@@ -63,7 +64,7 @@ def chat(prompt):
     if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty")
     with redirect_stdout(sys.stderr):
-        stage = recipes.dpo()
+        stage = stages.dpo()
     if prompt is not None:
         answer(stage, [{"role": "user", "content": prompt}], seed=zlib.crc32(prompt.encode()))      # each its own story, always the same
         return
@@ -96,7 +97,7 @@ def export(folder, gguf=None):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: name a folder")
     with redirect_stdout(sys.stderr):
-        stage = recipes.dpo()
+        stage = stages.dpo()
     save_pretrained(stage.model, stage.tokenizer, folder)
     print(f"{folder}: open it with transformers' AutoModelForCausalLM and AutoTokenizer, or minillm.hub.from_pretrained")
     if gguf:
@@ -108,7 +109,7 @@ def serve(host, port):
     """Talk with the newest stage in a browser, or from any program that speaks to OpenAI's interface. What is lacking is built first."""
     listener = server.listen(host, port)             # what is wrong with the address is said at once, not after minutes of building
     with redirect_stdout(sys.stderr):
-        stage = recipes.dpo()
+        stage = stages.dpo()
     try:
         server.serve(listener, stage.model, stage.tokenizer, "minillm", host)
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from .files import replacing
+from .storage.files import replacing
 
 ENDOFTEXT = "<|endoftext|>"     # stands before the first document and after each
 IGNORE = -100                   # the target of a position that does not count, torch's default ignore_index

@@ -11,7 +11,7 @@ import codecs
 import torch
 import torch.nn.functional as F
 
-from .lean import runner      # section 08.5 builds it
+from .fast_decode import runner      # section 08.5 builds it
 from .model import check_ids
 
 # %% ../notebooks/08_generation.ipynb #dd96fbe1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .files import replacing
+from .storage.files import replacing
 
 ALIGNMENT = 32                                                    # each tensor begins at a multiple of so many bytes
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}   # type of a value: struct's letter

@@ -15,11 +15,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from .checked import load_tokenizer, read_header, read_shape, tensor_files
 from .data import ENDOFTEXT
-from .files import replacing
+from .storage.files import replacing
+from .storage.model_folder import load_tokenizer, read_header, read_shape, tensor_files
 from .gguf import write_gguf                                                     # sections 19.10 to 19.14 build it,
-from .hf_tokenizer import tokenizer_json                                         # section 19.4,
+from .tokenizer_json import tokenizer_json                                       # section 19.4,
 from .llamacpp import gguf_tensors, model_metadata, tokenizer_metadata           # section 19.11
 from .model import Llama, LlamaConfig
 from .rope import rope_cache, rope_frequencies

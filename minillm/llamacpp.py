@@ -9,8 +9,8 @@ from einops import rearrange
 
 from .data import ENDOFTEXT
 from .gguf import ALIGNMENT
-from .hf_tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, spell
 from .tokenizer import PATTERN
+from .tokenizer_json import GPT2_PATTERN, LLAMA3_PATTERN, spell
 
 
 def model_metadata(config, dtype, name):

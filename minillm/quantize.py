@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .codes import TINY, check_weight, dequantize_groups, pack, quantize_absmax, quantize_groups, unpack
-from .files import replacing, seal, unseal
+from .integer_formats import TINY, check_weight, dequantize_groups, pack, quantize_absmax, quantize_groups, unpack
 from .lora import TARGETS, refuse_lora, replace_module
 from .model import Llama, LlamaConfig
+from .storage.files import replacing, seal, unseal
 
 
 class QuantizedLinear(nn.Module):

@@ -17,7 +17,7 @@ import regex
 import tiktoken
 
 from .bpe import PieceCache, train_merges      # sections 01.4 to 01.6 build them
-from .files import replacing
+from .storage.files import replacing
 
 PATTERN = (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .byhand import by_hand, chunked_loss, keep_memory, plain_head      # chapter 23 builds them
-from .checkpoint import load_checkpoint, resume, save_checkpoint, stop_signal      # load_checkpoint: to be had here, too
 from .data import check_batch
+from .fast_train import by_hand, chunked_loss, keep_memory, plain_head      # chapter 23 builds them
 from .optim import AdamW, Muon      # section 07.3 builds them
 from .parallel import add_gradients, added_up, my_rows, same_everywhere, sharded, whole
+from .storage.checkpoint import load_checkpoint, resume, save_checkpoint, stop_signal      # load_checkpoint: to be had here, too
 
 # %% ../notebooks/07_training.ipynb #76cb042f
 def token_loss(model, inputs, targets, precision="float32"):

@@ -5,8 +5,8 @@ from copy import deepcopy
 
 import nbformat
 
-from minillm.exercise import CHECK, stamp, strip, without_outputs
-from minillm.modules import write_modules
+from minillm.course.exercise import CHECK, stamp, strip, without_outputs
+from minillm.course.export import write_modules
 
 BOOTSTRAP = """\
 import importlib.util
@@ -109,7 +109,7 @@ def package_problems(root, scratch):
             problems.append(f"{module} is exported by several notebooks: {names}")
         fresh, stored = scratch / "minillm" / module, root / "minillm" / module
         if not stored.exists() or stored.read_text(encoding="utf-8") != fresh.read_text(encoding="utf-8"):
-            problems.append(f"{module} is not what {names[0]} exports: run python -m minillm.modules (edited the notebook) "
+            problems.append(f"{module} is not what {names[0]} exports: run python -m minillm.course.export (edited the notebook) "
                             "or nbdev-update (edited the module)")
     for path in sorted(root.glob("minillm/*.py")):
         if GENERATED in path.read_text(encoding="utf-8") and path.name not in writers:
@@ -122,7 +122,7 @@ def solution_problems(solution, chapter):
     stamped, problems = deepcopy(solution), []
     stamp(stamped)
     if without_outputs(stamped) != without_outputs(solution):
-        problems.append("not stamped for nbgrader: run python -m minillm.exercise")
+        problems.append("not stamped for nbgrader: run python -m minillm.course.exercise")
     return problems + check_problems(solution, "solved") + [
         f"{name!r} does not begin with the number of the chapter, {chapter[:2]}"
         for cell in code_cells(solution) for name in CHECK.findall(cell.source) if not name.startswith(f"{chapter[:2]}.")]
@@ -132,7 +132,7 @@ def exercise_problems(exercises, solution):
     """The exercises are the solutions without answers, and none of them is solved."""
     problems = check_problems(exercises, "not solved yet")
     if without_outputs(exercises) != without_outputs(strip(solution)):
-        problems.append("not what the solutions give: run python -m minillm.exercise")
+        problems.append("not what the solutions give: run python -m minillm.course.exercise")
     return problems
 
 

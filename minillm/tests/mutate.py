@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 
-from minillm.modules import write_modules
+from minillm.course.export import write_modules
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""A server on a tiny model, its clients, and a model that says what it is told: for the tests of serve.py."""
+"""A server on a tiny model, its clients, and a model that says what it is told: for the tests of serving."""
 import http.client
 import json
 import socket
@@ -10,9 +10,9 @@ import pytest
 import torch
 import uvicorn
 
-from minillm import serve
 from minillm.data import ENDOFTEXT
 from minillm.model import Llama, LlamaConfig
+from minillm.serving import server
 from minillm.sft import ASSISTANT, USER, encode_prompt
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
@@ -39,11 +39,11 @@ def port(model):
     """A running server's. Its sockets hold little, so that what a client does not read soon stands still."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    server = uvicorn.Server(uvicorn.Config(serve.application(model, TOKENIZER, "tiny"), log_level="critical", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    running = uvicorn.Server(uvicorn.Config(server.application(model, TOKENIZER, "tiny"), log_level="critical", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     yield listener.getsockname()[1]
-    server.should_exit = True
+    running.should_exit = True
     thread.join(10)
     assert not thread.is_alive()
 
@@ -93,7 +93,7 @@ def script(monkeypatch, ids, seconds=0.0):
             time.sleep(seconds)
             made.append(i)
             yield torch.tensor([i])
-    monkeypatch.setattr(serve, "steps", steps)
+    monkeypatch.setattr(server, "steps", steps)
     return made
 
 

@@ -1,4 +1,4 @@
-"""bench.py: turns, the arithmetic of tables and shares, what is refused, pictures, and that each contender does the work it is timed for.
+"""The benchmark: turns, the arithmetic of tables and shares, what is refused, pictures, and that each contender does the work it is timed for.
 
 Peers in checkouts are tested where MINILLM_PEERS names their folder, the others where they are installed."""
 import os
@@ -11,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from minillm import bench, bench_training, bench_writing, ceilings, peer_writers, peers, turns
+from minillm import bench
+from minillm.bench import __main__ as command
+from minillm.bench import ceilings, generation, peers, timing, training
+from minillm.bench.arguments import CHECKOUTS
 from minillm.generate import generate
 from minillm.model import Llama, LlamaConfig, count_parameters
 from minillm.tokenizer import Tokenizer
@@ -33,34 +36,34 @@ def checkout(name):
 
 
 def peer(name):
-    known = peers.training_peers(checkout(name) if name in bench.CHECKOUTS else None)
+    known = peers.training_peers(checkout(name) if name in CHECKOUTS else None)
     return known.get(name) or pytest.skip(f"{name} is not installed")
 
 
 def test_contenders_take_turns_and_may_time_themselves():
     calls = []
-    seconds = turns.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.5}, 3)
+    seconds = timing.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.5}, 3)
     assert calls == list("abababab") and seconds["b"] == [2.5] * 3 and len(seconds["a"]) == 3 and max(seconds["a"]) < 0.5
 
 
 def test_a_table_has_the_ratio_of_medians_and_the_spread_of_the_turns():
-    t = turns.table("title", "tokens/s", 6, SECONDS, "a", lambda name, rate: {"share": f"{rate:.0f}!"}, ["a note"])
+    t = timing.table("title", "tokens/s", 6, SECONDS, "a", lambda name, rate: {"share": f"{rate:.0f}!"}, ["a note"])
     a, ours = t.rows
     assert (a.rate, a.ratio, a.low, a.high) == (2, 1, 1, 1)
     assert (ours.rate, ours.ratio, ours.low, ours.high) == (6, 3, 1.5, 4)
     said = str(t).splitlines()
     assert said[-1] == "a note" and said[-2].split() == ["minillm", "6", "3.00", "(1.50", "-", "4.00)", "6!"] and "share" in said[2]
-    assert turns.fastest(SECONDS | {"b": [2.0, 2.0, 9.0]}, ["a", "b"]) == "b"
+    assert timing.fastest(SECONDS | {"b": [2.0, 2.0, 9.0]}, ["a", "b"]) == "b"
 
 
 def test_a_picture_is_saved_whole(tmp_path):
-    t = turns.table("title", "tokens/s", 6, SECONDS, "a")
-    turns.plot([t, t], tmp_path / "x.png")
+    t = timing.table("title", "tokens/s", 6, SECONDS, "a")
+    timing.plot([t, t], tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         picture.load()
         assert picture.width > 500 and len(picture.convert("RGB").getcolors(10 ** 6)) > 10
     assert [f.name for f in tmp_path.iterdir()] == ["x.png"]
-    axes = turns.plot([t]).axes[0]
+    axes = timing.plot([t]).axes[0]
     assert [bar.get_width() for bar in axes.patches] == [1, 3] and "a" in axes.get_xlabel()
 
 
@@ -73,16 +76,16 @@ def test_a_picture_is_saved_whole(tmp_path):
 def test_refuses(arguments, words, capsys, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(SystemExit) as stopped:
-        bench.main(arguments.split())
+        command.main(arguments.split())
     said = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and words in said and ": error:" in said
 
 
 def test_rounds_may_come_before_or_after_what_is_timed():
     for arguments in ("--rounds 3 train", "train --rounds 3", "--rounds 5 train --rounds 3"):
-        assert bench.parser().parse_args(arguments.split()).rounds == 3
+        assert command.parser().parse_args(arguments.split()).rounds == 3
     with pytest.raises(ValueError, match="at least 1"):
-        turns.in_turns({}, 0)
+        timing.in_turns({}, 0)
 
 
 def test_shares_by_hand():
@@ -119,8 +122,8 @@ def learns(step, model, times=6):
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_our_step_trains(precision, monkeypatch):
     made = []
-    monkeypatch.setattr(bench_training, "Llama", lambda c: made.append(Llama(c)) or made[0])
-    learns(bench_training.our_step(TINY, precision, *batch(TINY)), made[0])
+    monkeypatch.setattr(training, "Llama", lambda c: made.append(Llama(c)) or made[0])
+    learns(training.our_step(TINY, precision, *batch(TINY)), made[0])
 
 
 @pytest.mark.parametrize("name", ["transformers", "litgpt", "llama2.c", "nanoGPT", "minimind", "LLMs-from-scratch"])
@@ -143,14 +146,14 @@ def test_peers_write_what_we_write(name):
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data *= 100      # so that it matters where a token stands
         layer.self_attn.o_proj.weight.data *= 10
-    write = peer_writers.writers(model, FOLDER)[name]
+    write = peers.writers(model, FOLDER)[name]
     assert torch.equal(write(ids, 20), generate(model, ids, 20, temperature=0)) and torch.equal(write(ids[:1], 20), write(ids, 20)[:1])
 
 
 def test_torchao_writes_nearly_what_we_write():
     pytest.importorskip("torchao")
     model = Llama(TINY).eval()
-    small = peer_writers.torchao_int8(peer_writers.with_weights_of(model), torch.float32)
+    small = peers.torchao_int8(peers.with_weights_of(model), torch.float32)
     assert "Int8Tensor" in type(small.model.layers[0].mlp.up_proj.weight).__name__
     ids = torch.randint(64, (1, 8))
     with torch.no_grad():
@@ -169,18 +172,18 @@ def test_minbpe_has_our_merges():
 
 @pytest.mark.parametrize("what", ["train", "generate", "quantize", "tokenize"])
 def test_each_comparison_runs(what, monkeypatch, capsys, tmp_path):
-    for known in (bench.SHAPES, bench.TALKERS):
+    for known in (training.SHAPES, generation.TALKERS):
         monkeypatch.setitem(known, "M", TINY)
     kept = []
-    monkeypatch.setattr(bench_training, "place", lambda: (torch.device("cpu"), False))
-    monkeypatch.setattr(bench_training, "keep_memory", lambda: kept.append(what))
-    monkeypatch.setattr(bench_writing, "memory_read", partial(ceilings.memory_read, 8))
+    monkeypatch.setattr(training, "place", lambda: (torch.device("cpu"), False))
+    monkeypatch.setattr(training, "keep_memory", lambda: kept.append(what))
+    monkeypatch.setattr(generation, "memory_read", partial(ceilings.memory_read, 8))
     arguments = [what, "--rounds", "1", "--plot", str(tmp_path / "x.png")]
     if what == "tokenize":
         words = (chr(97 + k % 26) + chr(97 + k // 26 % 26) + chr(97 + k // 676) for k in range(0, 17576, 3))
         (tmp_path / "x.txt").write_text(" ".join(words))
         arguments.append(str(tmp_path / "x.txt"))
-    bench.main(arguments + (["--shapes", "M"] if what != "tokenize" else []))
+    command.main(arguments + (["--shapes", "M"] if what != "tokenize" else []))
     said = capsys.readouterr().out
     assert kept == ["train"] * (what == "train") and "minillm" in said and (tmp_path / "x.png").stat().st_size > 5000
     assert {"train": "float32 matrix product", "tokenize": "tiktoken"}.get(what, "reading memory") in said
@@ -191,10 +194,10 @@ def test_each_comparison_runs(what, monkeypatch, capsys, tmp_path):
 
 
 def test_the_table_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(bench_training, "place", lambda: (torch.device("cpu"), True))
+    monkeypatch.setattr(training, "place", lambda: (torch.device("cpu"), True))
     monkeypatch.setattr(torch, "compile", lambda f: f)
-    monkeypatch.setitem(bench.GPU_SHAPES, "15M", replace(TINY, tie_embeddings=True, max_seq_len=32))
-    monkeypatch.setitem(bench_training.GPU_ROWS, "15M", 8)
+    monkeypatch.setitem(training.GPU_SHAPES, "15M", replace(TINY, tie_embeddings=True, max_seq_len=32))
+    monkeypatch.setitem(training.GPU_ROWS, "15M", 8)
     used = iter(range(0, 10 ** 10, 10 ** 9))
     for name, said in {"memory_allocated": lambda: next(used), "max_memory_allocated": lambda: 5 * 10 ** 9,
                        "reset_peak_memory_stats": lambda: None, "get_device_name": lambda: "NVIDIA L4",

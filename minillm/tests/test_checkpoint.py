@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from minillm.checkpoint import resume
+from minillm.storage.checkpoint import resume
 from minillm.model import Llama, LlamaConfig
 from minillm.tests.test_train import Batches, names, settings, tiny, weights
 from minillm.optim import AdamW

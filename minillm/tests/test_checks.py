@@ -5,8 +5,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minillm.exercise import stamp, strip
-from minillm.modules import write_modules
+from minillm.course.exercise import stamp, strip
+from minillm.course.export import write_modules
 from minillm.tests.checks import (BOOTSTRAP, chapter_problems, code_cells, exercise_problems, link_problems, package_problems,
                                   run_problems, solution_problems)
 

@@ -11,9 +11,9 @@ from minillm.dpo import (Pairs, count_pairs, dpo_loss, encode_answer, ipo_loss, 
                          sample_pairs, sequence_kl, sequence_logprob)
 from minillm.model import Llama, LlamaConfig
 from minillm.sft import ASSISTANT, USER
-from minillm.tasks import Question, dialogues, exams
 from minillm.tokenizer import Tokenizer
 from minillm.train import TrainConfig, train
+from minillm.world.questions import Question, dialogues, exams
 
 TINY = LlamaConfig(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=512)
 LOSSES = (dpo_loss, ipo_loss, kto_loss, orpo_loss)

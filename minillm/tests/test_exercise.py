@@ -8,7 +8,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minillm.exercise import BLANK, exercise, generate, main, mistake, stamp, strip, without_outputs
+from minillm.course.exercise import BLANK, exercise, generate, main, mistake, stamp, strip, without_outputs
 
 ANSWER = '''\
 def one(x):
@@ -202,7 +202,7 @@ def folders(tmp_path_factory):
     """solutions/01_one.ipynb and the exercises generated from it."""
     folder = tmp_path_factory.mktemp("course")
     (folder / "solutions").mkdir()
-    solution = notebook("from minillm.exercise import exercise, mistake", ANSWER, CHECK)
+    solution = notebook("from minillm.course.exercise import exercise, mistake", ANSWER, CHECK)
     nbformat.write(solution, folder / "solutions/01_one.ipynb")
     assert generate(folder / "solutions/01_one.ipynb", folder / "exercises")
     return folder

@@ -9,7 +9,7 @@ from torch import nn
 from minillm.generate import (KVCache, distribution, generate, make_caches, pad_left, penalize, pieces, seen_tokens,
                               stream)
 from minillm.model import Llama, LlamaConfig
-from minillm.speculate import speculate
+from minillm.speculative import speculate
 from minillm.tokenizer import Tokenizer
 
 

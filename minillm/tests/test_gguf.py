@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from minillm.gguf import dequantize_q8_0, nearest, pack_string, quantize_q8_0, read_gguf, write_gguf
-from minillm.hf_tokenizer import GPT2_PATTERN, LLAMA3_PATTERN
 from minillm.hub import CHAT_TEMPLATE, from_pretrained, llama3_factors, save_gguf, save_pretrained
 from minillm.llamacpp import gguf_name, interleave
 from minillm.lora import add_lora
 from minillm.model import LlamaConfig
 from minillm.tests.test_hub import SCALED, SMALL, SPECIAL, make
 from minillm.tokenizer import Tokenizer
+from minillm.tokenizer_json import GPT2_PATTERN, LLAMA3_PATTERN
 from minillm.world import World
 
 WIDE = LlamaConfig(**{**vars(SMALL), "dim": 64, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 100})

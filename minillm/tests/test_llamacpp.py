@@ -8,13 +8,13 @@ import torch
 import xllamacpp
 
 from minillm.generate import generate
-from minillm.hf_tokenizer import LLAMA3_PATTERN
 from minillm.hub import save_gguf
 from minillm.sft import encode_prompt
 from minillm.tests.test_gguf import WIDE
-from minillm.tests.test_hf_tokenizer import nasty
 from minillm.tests.test_hub import SPECIAL, make
+from minillm.tests.test_tokenizer_json import nasty
 from minillm.tokenizer import Tokenizer
+from minillm.tokenizer_json import LLAMA3_PATTERN
 from minillm.world import World
 
 

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from minillm import checkpoint, recipes
+from minillm.arc import stages
 from minillm.data import Rows
 from minillm.model import Llama, LlamaConfig
 from minillm.parallel import add_gradients, joined, my_rows, rank_and_world
+from minillm.storage import checkpoint
 from minillm.train import TrainConfig, backward, token_loss, train
 
 CONFIG = LlamaConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=40)
@@ -51,10 +52,10 @@ def gradients(wrap):
 
 def stage(setattr=setattr):
     """The weights of a base model of a recipe cut to seconds."""
-    small = recipes.STORIES
+    small = stages.STORIES
     training = replace(small.training, steps=6, warmup=2, precision="float32")
-    setattr(recipes, "STORIES", replace(small, model=replace(CONFIG, vocab_size=300, max_seq_len=512), training=training, stories=64))
-    return {n: p.detach() for n, p in recipes.base(bar=False).model.named_parameters()}
+    setattr(stages, "STORIES", replace(small, model=replace(CONFIG, vocab_size=300, max_seq_len=512), training=training, stories=64))
+    return {n: p.detach() for n, p in stages.base(bar=False).model.named_parameters()}
 
 
 RUNS = {"adamw": lambda folder: trained(None), "muon": lambda folder: trained(None, muon=2.0), "accumulate": lambda folder: trained(None, accumulate=3),

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from minillm import quantize
-from minillm.calibrate import quantize_awq, quantize_gptq
-from minillm.codes import dequantize_groups, quantize_absmax, quantize_groups
-from minillm.files import seal
 from minillm.generate import generate
+from minillm.gptq_awq import quantize_awq, quantize_gptq
+from minillm.integer_formats import dequantize_groups, quantize_absmax, quantize_groups
 from minillm.lora import add_lora, merge_lora
 from minillm.model import Llama, LlamaConfig
 from minillm.quantize import Int4Linear, Int8Linear, int8_product, load_model, quantize_model, save_model, size_bytes
+from minillm.storage.files import seal
 
 KINDS = [Int8Linear, partial(Int8Linear, dim=None), partial(Int8Linear, digits=1), partial(Int8Linear, digits=1, outliers=2.0),
          Int4Linear, partial(Int4Linear, bits=3, group=5), partial(Int4Linear, bits=8, group=3)]

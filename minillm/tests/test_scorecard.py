@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minillm import recipes, scorecard
-from minillm.sizes import SIZES
-from minillm.tasks import exams
-from minillm.words import HARBOUR
+from minillm.arc import scorecard, stages
+from minillm.arc.sizes import SIZES
 from minillm.world import Setting, World
+from minillm.world.questions import exams
+from minillm.world.templates import HARBOUR
 
 
 def test_scorecard_counts_what_it_says():
     """A model that knows every answer scores 1, one that knows none 0; an untrained one needs about log2(vocab) bits a token."""
     stage_stories = World().stories(40, "heldout")
     assert 0 < scorecard.chance(stage_stories) < 0.3 and 0 <= scorecard.last_named(stage_stories) <= 1
-    tokenizer = recipes.Tokenizer.train([s.text for s in stage_stories], 400)
-    model = recipes.Llama(replace(recipes.STORIES.model, vocab_size=400, max_seq_len=512))
+    tokenizer = stages.Tokenizer.train([s.text for s in stage_stories], 400)
+    model = stages.Llama(replace(stages.STORIES.model, vocab_size=400, max_seq_len=512))
     assert scorecard.consistency(model, stage_stories, tokenizer) == 0
 
     class Oracle(torch.nn.Module):
@@ -36,7 +36,7 @@ def test_scorecard_counts_what_it_says():
                 logits[row, torch.arange(n), torch.tensor(story[1:n + 1])] = 50.0
             return logits
 
-    documents = [recipes.encode_document(s.text, tokenizer) for s in stage_stories]
+    documents = [stages.encode_document(s.text, tokenizer) for s in stage_stories]
     assert scorecard.consistency(Oracle(), stage_stories, tokenizer) == 1
     assert scorecard.bits_per_byte(Oracle(), [s.text for s in stage_stories], tokenizer) < 1e-3
     nats = sum(len(d) - 1 for d in documents) * torch.tensor(400.0).log()

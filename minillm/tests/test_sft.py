@@ -5,12 +5,13 @@ import pytest
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from minillm import sft, tasks
+from minillm import sft
 from minillm.data import ENDOFTEXT, IGNORE
 from minillm.model import Llama, LlamaConfig
 from minillm.sft import (ASSISTANT, USER, Dialogues, check_dialogue, encode_dialogue, encode_prompt, finetune)
 from minillm.tokenizer import Tokenizer
 from minillm.train import TrainConfig, token_loss
+from minillm.world import questions
 from minillm.world import World
 
 SPECIAL = (ENDOFTEXT, USER, ASSISTANT)
@@ -150,7 +151,7 @@ def test_targets_are_the_masks_shifted(tokenizer):
 
 
 def test_unmasked_differs_in_targets_only(tokenizer):
-    dialogues = tasks.dialogues(20)
+    dialogues = questions.dialogues(20)
     masked, unmasked = (Dialogues(dialogues, tokenizer, 5, masked=m) for m in (True, False))
     for i in range(8):
         (a, s), (b, t) = masked[i], unmasked[i]

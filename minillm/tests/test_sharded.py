@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 
-from minillm import recipes
 from minillm import train as training
+from minillm.arc import stages
 from minillm.dpo import count_pairs, preference_loss
 from minillm.generate import generate
 from minillm.lora import add_lora
@@ -226,5 +226,5 @@ if __name__ == "__main__":
         torn = torch.ones(6, 4, dtype=torch.int64), torch.ones(6, 4, dtype=torch.bool), torch.zeros(6)       # three pairs
         config = TrainConfig(steps=1, warmup=0)
         (folder / f"refused{rank}").write_text("\n".join([
-            said(recipes.base, False), said(lambda: trained(model(), True, checkpoint=str(folder / f"apart{rank}"))),
+            said(stages.base, False), said(lambda: trained(model(), True, checkpoint=str(folder / f"apart{rank}"))),
             said(train, model(), [torn], config, preference_loss(), count_pairs)]))

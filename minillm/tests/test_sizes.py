@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minillm import __main__ as command, recipes, scorecard, sizes
+from minillm import __main__ as command
+from minillm.arc import scorecard, sizes, stages
 from minillm.model import count_parameters
 from minillm.sft import encode_dialogue, encode_prompt
-from minillm.tasks import dialogues, exams
-from minillm.tests.test_recipes import cut
+from minillm.tests.test_stages import cut
 from minillm.tokenizer import Tokenizer
-from minillm.words import HARBOUR, VALLEY
 from minillm.world import Setting, World
+from minillm.world.questions import dialogues, exams
+from minillm.world.templates import HARBOUR, VALLEY
 
 
 def test_sizes(monkeypatch):
@@ -60,15 +61,15 @@ def test_the_context_holds_the_longest_story_dialogue_and_question(name):
     """With room to spare: some thousands are measured here, and some ten thousands are made. An answer has 40 tokens at most."""
     recipe = sizes.SIZES[name].stories
     setting, limit = recipe.setting, recipe.model.max_seq_len
-    texts = recipes.training_texts(replace(recipe, stories=6000))
-    tokenizer = Tokenizer.train(texts, recipe.model.vocab_size, recipes.SPECIAL_TOKENS)
-    longest = {"story": max(len(recipes.encode_document(text, tokenizer)) for text in texts)}
+    texts = stages.training_texts(replace(recipe, stories=6000))
+    tokenizer = Tokenizer.train(texts, recipe.model.vocab_size, stages.SPECIAL_TOKENS)
+    longest = {"story": max(len(stages.encode_document(text, tokenizer)) for text in texts)}
     for region in VALLEY, HARBOUR:
         longest["dialogue"] = max(len(encode_dialogue(d, tokenizer)[0]) for d in dialogues(2000, region=region, setting=setting))
         longest["question"] = max(len(encode_prompt(d, tokenizer)) for d, _ in exams(1000, region=region, setting=setting)) + 40
         assert max(longest.values()) < 0.95 * limit, (region.places[0], longest)
     with pytest.raises(ValueError, match="more than this corpus can fill"):      # so no size has a larger vocabulary
-        Tokenizer.train(texts, 1024, recipes.SPECIAL_TOKENS)
+        Tokenizer.train(texts, 1024, stages.SPECIAL_TOKENS)
 
 
 def test_every_stage_of_the_size_gpu_learns_from_its_rich_stories(monkeypatch, tmp_path, capsys):
@@ -76,15 +77,15 @@ def test_every_stage_of_the_size_gpu_learns_from_its_rich_stories(monkeypatch, t
     cut(monkeypatch, sizes.SIZES["gpu"], tmp_path)
     setting, learnt = sizes.SIZES["gpu"].stories.setting, []
     for name in "finetune", "sample_pairs":
-        used = getattr(recipes, name)
-        monkeypatch.setattr(recipes, name, lambda model, *rest, used=used, **k: learnt.append(rest) or used(model, *rest, **k))
+        used = getattr(stages, name)
+        monkeypatch.setattr(stages, name, lambda model, *rest, used=used, **k: learnt.append(rest) or used(model, *rest, **k))
     assert command.main([]) == 0
-    base, table = recipes.base(bar=False), capsys.readouterr().out
-    assert base.setting == recipes.dpo(bar=False).setting == setting
-    assert base.heldout == [story.text for story in World(setting=setting).stories(500, "heldout")] == [s.text for s in recipes.heldout_stories(setting)]
-    assert recipes.training_texts(recipes.STORIES)[23:25] == [World(setting=setting).sample(23).text, World(HARBOUR, setting).sample(24).text]
-    tokens = sum(len(recipes.encode_document(text, base.tokenizer)) - 1 for text in base.heldout)
-    assert abs(base.floor + sum(s.logp for s in recipes.heldout_stories(setting)) / tokens) < 1e-9
+    base, table = stages.base(bar=False), capsys.readouterr().out
+    assert base.setting == stages.dpo(bar=False).setting == setting
+    assert base.heldout == [story.text for story in World(setting=setting).stories(500, "heldout")] == [s.text for s in stages.heldout_stories(setting)]
+    assert stages.training_texts(stages.STORIES)[23:25] == [World(setting=setting).sample(23).text, World(HARBOUR, setting).sample(24).text]
+    tokens = sum(len(stages.encode_document(text, base.tokenizer)) - 1 for text in base.heldout)
+    assert abs(base.floor + sum(s.logp for s in stages.heldout_stories(setting)) / tokens) < 1e-9
     (chat, *_), (lora, *_), (_, asked, _) = learnt
     assert (chat, lora) == (dialogues(48, setting=setting), dialogues(48, region=HARBOUR, setting=setting))
     assert asked == exams(48, "train", setting=setting)

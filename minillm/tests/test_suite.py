@@ -8,7 +8,7 @@ import conftest  # noqa: E402
 
 
 def test_in_parallel_the_last_staged_chapter_goes_first_and_the_others_last(monkeypatch, tmp_path):
-    names = {"01_plain.ipynb": "", "07_staged.ipynb": "import recipes", "test_x.py": "import recipes", "16_staged.ipynb": "import recipes"}
+    names = {"01_plain.ipynb": "", "07_staged.ipynb": "import stages", "test_x.py": "import stages", "16_staged.ipynb": "import stages"}
     for name, text in names.items():
         (tmp_path / name).write_text(text)
     items = [SimpleNamespace(path=tmp_path / name, at=k) for name in names for k in range(2)]

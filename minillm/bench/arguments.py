@@ -1,0 +1,34 @@
+"""What the benchmark is asked for, checked before anything is timed."""
+from pathlib import Path
+
+from minillm.model import count_parameters
+
+CHECKOUTS = ("llama2.c", "nanoGPT", "minimind", "LLMs-from-scratch", "minbpe")
+
+
+class Refused(ValueError):
+    """What was asked for cannot be measured."""
+
+
+def check(rounds=1, peers=None, shapes=(), known=(), picture=None):
+    """Raises Refused, naming the value and what to do, for what cannot be measured."""
+    if rounds < 1:
+        raise Refused(f"rounds must be at least 1, or nothing is timed: got {rounds}")
+    if peers is not None and not Path(peers).is_dir():
+        raise Refused(f"there is no folder {peers}")
+    if peers is not None and not any((Path(peers) / name).is_dir() for name in CHECKOUTS):
+        raise Refused(f"the folder {peers} holds none of the checkouts {', '.join(CHECKOUTS)}")
+    if unknown := [name for name in shapes if name not in known]:
+        raise Refused(f"there is no shape {unknown[0]!r} here: choose from {', '.join(known)}")
+    if picture is not None and (not picture.parent.is_dir() or picture.suffix not in (".png", ".svg", ".pdf")):
+        raise Refused(f"the plot cannot be saved as {picture}: name a .png, .svg or .pdf file in a folder that exists")
+
+
+def chosen(known, rounds, peers, shapes):
+    """The names and configs to measure, and the folder of checkouts as a Path or None. Raises Refused as check."""
+    check(rounds, peers, shapes or (), known)
+    return [(name, known[name]) for name in shapes or known], peers and Path(peers)
+
+
+def describe(name, c):
+    return f"shape {name} ({c.dim} wide, {c.n_layers} layers, vocabulary {c.vocab_size:,}, {count_parameters(c) / 1e6:.1f} M parameters)"

@@ -1,0 +1,1 @@
+"""The chat server and its page."""

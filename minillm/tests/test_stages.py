@@ -1,0 +1,243 @@
+"""Stages, cache and command line, on recipes small enough for seconds."""
+import ast
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import minillm
+from minillm import __main__ as command
+from minillm.arc import cache, scorecard, stages
+from minillm.arc.sizes import SIZES
+from minillm.gguf import read_gguf
+from minillm.hub import from_pretrained
+from minillm.storage.checkpoint import read_checkpoint
+from minillm.world.templates import HARBOUR
+
+STAGES = ("base", "chat", "lora", "dpo")
+TEXT = "\n".join(f"{n} bottles of milk stood on the wall, and {n + 1} under it." for n in range(600))
+
+
+def cut(monkeypatch, size, folder):
+    """All recipes of a size cut to seconds, in a cache of their own; the scorecard asks little. A model that has learnt so little gives
+    no two answers that a judge could rank, so the pairs are made of the true answers."""
+    monkeypatch.setenv("MINILLM_CACHE", str(folder / "cache"))
+    model = replace(size.stories.model, vocab_size=300, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=48, max_seq_len=2048)
+    training = replace(size.stories.training, steps=6, warmup=2, compile=False)
+    monkeypatch.setattr(stages, "STORIES", replace(size.stories, model=model, training=training, batch_size=16, stories=64))
+    monkeypatch.setattr(stages, "FILES", replace(size.files, model=replace(model, max_seq_len=64), training=training))
+    for name in "chat", "lora", "dpo":
+        recipe = getattr(size, name)
+        recipe = replace(recipe, training=replace(recipe.training, steps=3, warmup=1, compile=False), examples=48, batch_size=16)
+        monkeypatch.setattr(stages, name.upper(), recipe)
+    monkeypatch.setattr(stages, "sample_pairs", lambda model, tokenizer, prompts, judge, **_: [
+        (messages, q.answer("polite"), q.answer("rude")) for messages, q in prompts])
+    trials = scorecard.trials.__wrapped__
+    monkeypatch.setattr(scorecard, "trials", lambda setting: trials(setting, 8))
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    cut(monkeypatch, SIZES["cpu"], tmp_path)
+    return tmp_path
+
+
+def test_a_stage_is_built_once(small, monkeypatch):
+    """And it is the same when it is loaded, adapter included; the base is not what a later stage changed."""
+    first = {name: getattr(stages, name)(bar=False) for name in STAGES}
+    monkeypatch.setattr(stages, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(stages, "finetune", lambda *_: pytest.fail("tuned again"))
+    second = {name: getattr(stages, name)(bar=False) for name in STAGES}
+    ids = torch.randint(300, (2, 40))
+    for name in STAGES:
+        a, b = first[name], second[name]
+        assert a.history == b.history and a.key == b.key and len(a.history) == (6 if name == "base" else 3)
+        assert a.model.state_dict().keys() == b.model.state_dict().keys() and torch.equal(a.model(ids), b.model(ids))
+    assert ["lora" in "".join(second[name].model.state_dict()) for name in STAGES] == [False, False, True, False]
+    logits = [second[name].model(ids) for name in STAGES]
+    assert not any(torch.equal(a, b) for i, a in enumerate(logits) for b in logits[:i]), "a stage is the same as one before it"
+    assert not list((small / "cache").glob("*.part"))
+
+
+def test_an_adapter_is_the_same_whether_chat_was_built_just_now_or_loaded(small):
+    first = stages.lora(bar=False)
+    shutil.rmtree(small / "cache" / first.key)
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), stages.lora(bar=False).model.parameters()))
+
+
+@pytest.mark.parametrize("stage", ["base", "dpo"])
+def test_the_key_of_a_stage_covers_all_code_that_its_code_imports(stage, monkeypatch):
+    """But for how files are read and written, which changes nothing in a model, and the arc, which imports everything."""
+    codes = []
+    monkeypatch.setattr(stages, "build", lambda *arguments, **_: codes.extend(arguments[5:6]))
+    getattr(stages, stage)()
+    keyed = {*cache.CODE, *(module for code in codes for module in code)}
+    for module in keyed - {"arc.cache", "arc.stages"}:
+        tree = ast.parse((Path(minillm.__file__).parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+        own = {node.module.removeprefix("minillm.") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+               and (node.level or node.module.startswith("minillm."))}
+        assert own <= keyed | {"storage.checkpoint", "storage.files"}, module
+
+
+def test_a_stage_is_built_anew_when_the_one_before_it_changes(small, monkeypatch):
+    before = stages.chat(bar=False).key
+    monkeypatch.setattr(stages, "STORIES", replace(stages.STORIES, seed=1))
+    assert stages.chat(bar=False).key != before
+
+
+def test_one_story_in_25_is_from_the_harbour():
+    texts = stages.training_texts(replace(stages.STORIES, stories=100))
+    assert [any(place in text for place in HARBOUR.places) for text in texts] == [i % 25 == 24 for i in range(100)]
+
+
+def test_settings_text_and_code_are_in_the_key(small, monkeypatch):
+    other = replace(stages.STORIES, training=replace(stages.STORIES.training, lr=1e-4))
+    rich = replace(stages.STORIES, setting=SIZES["gpu"].stories.setting)
+    mute = replace(stages.STORIES, training=replace(stages.STORIES.training, bar=False, floor=1.0))
+    text = replace(stages.STORIES, texts=(("a", "b"),))
+    assert len({cache.key(r) for r in (stages.STORIES, other, text, rich)}) == 4
+    assert cache.key(mute) == cache.key(stages.STORIES)
+    before = cache.key(stages.STORIES)
+    monkeypatch.setattr(cache, "code_of", lambda module: module + "changed")
+    assert cache.key(stages.STORIES) != before
+
+
+def test_the_command_builds_every_stage_and_its_row(small, capsys):
+    assert command.main([]) == 0
+    shown = capsys.readouterr().out
+    assert "Before training" in shown and "After training" in shown and scorecard.LEGEND in shown
+    rows = [line.split()[0] for line in shown[shown.rindex("stage"):].splitlines() if line.split()][:7]
+    assert rows == ["stage", "(bounds)", *STAGES, "int8"]
+
+
+def test_export_writes_files_that_open_again(small, capsys):
+    assert command.main(["export", str(small / "out"), "--gguf"]) == 0
+    stage, (model, tokenizer) = stages.dpo(bar=False), from_pretrained(small / "out")
+    ids = torch.randint(300, (2, 40))
+    assert torch.equal(model(ids), stage.model(ids)) and tokenizer.vocab == stage.tokenizer.vocab
+    assert len(read_gguf(small / "out" / "minillm-f16.gguf")[1]) == len(model.state_dict())
+    assert "Before training" not in capsys.readouterr().out
+    for order in ["--gguf", str(small / "small"), "--type", "q8_0"], [str(small / "small"), "--type", "q8_0", "--gguf"]:
+        assert command.main(["export", *order]) == 0 and (small / "small" / "minillm-q8_0.gguf").is_file()
+        (small / "small" / "minillm-q8_0.gguf").unlink()
+    with pytest.raises(SystemExit):
+        command.main(["export", str(small / "none"), "--type", "f16"])
+    assert "add --gguf" in capsys.readouterr().err and not (small / "none").exists()
+    (small / "file").touch()
+    for folder, word in (small / "file", "is a file"), (small / "file" / "below", "is a file"), ("", "empty"):
+        assert command.main(["export", str(folder)]) == 2
+        assert word in capsys.readouterr().err
+
+
+def test_serve_gets_the_newest_stage(small, monkeypatch):
+    calls = []
+    monkeypatch.setattr(command.server, "serve", lambda *arguments: calls.append(arguments))
+    assert command.main(["serve", "--port", "0"]) == 0
+    (listener, model, tokenizer, *rest), = calls
+    listener.close()
+    assert listener.family == socket.AF_INET and rest == ["minillm", "127.0.0.1"]
+    assert torch.equal(model.lm_head.weight, stages.dpo(bar=False).model.lm_head.weight)
+
+
+def test_chat_answers_one_prompt_and_nothing_else_on_stdout(small, capsys):
+    assert command.main(["chat", "--prompt", "Who are you?"]) == 0
+    first = capsys.readouterr()
+    assert "Before training" in first.err and "Before training" not in first.out and first.out.endswith("\n")
+    assert command.main(["chat", "--prompt", "Who are you?"]) == 0
+    assert capsys.readouterr().out == first.out
+
+
+def test_each_prompt_has_a_seed_of_its_own(small, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(command, "answer", lambda stage, messages, seed: seeds.append(seed))
+    for prompt in "Tell a story.", "Tell a story about a fox.", "Tell a story.":
+        assert command.main(["chat", "--prompt", prompt]) == 0
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
+def test_who_waits_for_another_process_is_told_so(tmp_path, capsys):
+    hold = f"from filelock import FileLock; import time; lock = FileLock({str(tmp_path / 'lock')!r}); lock.acquire(); print(); time.sleep(1)"
+    with cache.only_builder(tmp_path / "lock", "base"):
+        assert capsys.readouterr().out == ""
+    with subprocess.Popen([sys.executable, "-uc", hold], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with cache.only_builder(tmp_path / "lock", "base"):
+            assert capsys.readouterr().out == "Another process is at the stage base: waiting for it.\n"
+            other.wait(0.5)          # it has let go, or would sleep on
+
+
+@pytest.mark.parametrize("prompt, word", [("", "empty"), (" \n", "empty"), ("Where is Ida? " * 300, "2048")])
+def test_bad_prompts(small, capsys, prompt, word):
+    assert command.main(["chat", "--prompt", prompt]) == 2
+    captured = capsys.readouterr()
+    assert word in captured.err.splitlines()[-1] and not captured.out
+
+
+def test_a_talk_of_several_turns(small, monkeypatch, capsys):
+    """Each answer sees the turns before it; too long a talk begins anew; the end of the input ends it."""
+    lines, seen = iter(["Hello!", "Who are you?", "What? " * 1000, "Hello!"]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+    answer = command.answer
+    monkeypatch.setattr(command, "answer", lambda stage, messages, **k: seen.append(len(messages)) or answer(stage, messages, **k))
+    assert command.main(["chat"]) == 0
+    assert seen == [1, 3, 5, 1] and "begins anew" in capsys.readouterr().out
+
+
+def test_the_command_reads_own_text(small, capsys):
+    file = small / "milk.txt"
+    file.write_text(TEXT, encoding="utf-8")
+    assert command.main(["--text", str(file)]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content, word", [(None, "missing.txt"), (b"", "empty"), (b"\x00\x01" * 5000, "not"), (b"\xff\xfe" * 5000, "UTF-8"),
+                                           (b"too short", "few")])
+def test_bad_files_end_the_command_before_any_work(small, monkeypatch, capsys, content, word):
+    monkeypatch.setattr(stages, "make_base", lambda *_: pytest.fail("work began"))
+    file = small / "missing.txt"
+    if content is not None:
+        file = small / "bad.txt"
+        file.write_bytes(content)
+    assert command.main(["--text", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and file.name in error and word in error
+
+
+def test_help_explains():
+    shown = subprocess.run([sys.executable, "-m", "minillm", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--text" in shown and "Ctrl-C" in shown and "MINILLM_CACHE" in shown
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to another process")
+def test_control_c_keeps_a_checkpoint_and_the_same_command_goes_on(small):
+    """The real command, interrupted: it says so, leaves a checkpoint, and a new start begins at that step."""
+    file = small / "milk.txt"
+    file.write_text(TEXT * 3, encoding="utf-8")
+    program = ("import sys; from dataclasses import replace; from minillm import __main__ as c; from minillm.arc import stages; f = stages.FILES;"
+               "m = replace(f.model, vocab_size=300, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=48, max_seq_len=64);"
+               "stages.FILES = replace(f, model=m, training=replace(f.training, steps=int(sys.argv[1]), warmup=2)); sys.exit(c.main(sys.argv[2:]))")
+    run = [sys.executable, "-u", "-c", program, "1000000", "--text", str(file)]
+
+    def interrupted():
+        """The history in the newest checkpoint that an interrupted run leaves."""
+        process = subprocess.Popen(run, env=dict(os.environ, MINILLM_CACHE=str(small / "cache")), stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if "Before training" in line:
+                break
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[0]
+        assert process.returncode == 130 and "same command" in rest
+        return read_checkpoint(max((small / "cache").rglob("step-*.safetensors")))[1]      # the one before it is kept too
+
+    first, second = interrupted(), interrupted()
+    assert first and len(second) > len(first)
+    assert second[:len(first)] == first, "the second start began anew: the seconds of its first steps differ"
