@@ -14,7 +14,7 @@ from nbdev.export import ExportModuleProc
 from nbdev.maker import ModuleMaker
 from nbdev.process import NBProcessor
 
-FIRST_CELL = re.compile(r'\n\n(# %% \S+ #\w+\n)(""".*?""")\n+', re.DOTALL)
+FIRST_CELL = re.compile(r'\n\n(# %% \S+ #\S+\n)(""".*?""")\n+', re.DOTALL)
 
 
 def write_modules(notebook: str | Path, folder: str | Path = "minillm") -> list[str]:

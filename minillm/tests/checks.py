@@ -78,6 +78,8 @@ def chapter_problems(notebook):
             if exports:
                 problems.append(f"exported, but not plain Python:\n{cell.source}")
             continue
+        if exports and ast.get_docstring(ast.Module(statements, [])) is not None:
+            statements = statements[1:]                 # the docstring of the module
         for node in statements:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
             names = {node.name} if hasattr(node, "name") else {target.id for target in targets if hasattr(target, "id")}
@@ -109,8 +111,8 @@ def package_problems(root, scratch):
             problems.append(f"{module} is exported by several notebooks: {names}")
         fresh, stored = scratch / "minillm" / module, root / "minillm" / module
         if not stored.exists() or stored.read_text(encoding="utf-8") != fresh.read_text(encoding="utf-8"):
-            problems.append(f"{module} is not what {names[0]} exports: run python -m minillm.course.export (edited the notebook) "
-                            "or nbdev-update (edited the module)")
+            problems.append(f"{module} is not what {names[0]} exports: edit the notebook, not the module, and run "
+                            "python -m minillm.course.export")
     for path in sorted(root.glob("minillm/*.py")):
         if GENERATED in path.read_text(encoding="utf-8") and path.name not in writers:
             problems.append(f"{path.name} has no notebook: renaming a chapter leaves the old module behind")

@@ -86,7 +86,8 @@ def package(tmp_path):
     """A course of one chapter, and the two modules exported from it."""
     root = tmp_path / "course"
     (root / "notebooks").mkdir(parents=True)
-    cells = "#| default_exp a", "#| export\nfrom minillm.b import g", "#| export\ndef f(x): return g(x)", "#| export b\ndef g(x): return x"
+    cells = ("#| default_exp a", '#| export\n"""What a holds."""\nfrom minillm.b import g',
+             "#| export\ndef f(x): return g(x)", '#| export b\n"""What b holds."""\ndef g(x): return x')
     nbformat.write(executed(*map(new_code_cell, cells)), root / "notebooks/01_a.ipynb")
     write_modules(root / "notebooks/01_a.ipynb", root / "minillm")
     return root
@@ -130,7 +131,8 @@ def add_notebook(*sources):
     (lambda root: copy(root / "notebooks/01_a.ipynb", root / "notebooks/02_b.ipynb"), "exported by several notebooks"),
     (add_notebook("#| default_exp c"), "02_c.ipynb: `#| default_exp NAME` names"),
     (add_notebook("#| export\nC = 1"), "02_c.ipynb: `#| default_exp NAME` names"),
-    (add_notebook("#| export a\nA = 1"), "a.py is exported by several notebooks"),
+    (add_notebook('#| export a\n"""A"""\nA = 1'), "a.py is exported by several notebooks"),
+    (add_notebook("#| default_exp c", "#| export\nC = 1"), "exported to c.py must begin with a docstring"),
     (lambda root: (root / "notebooks/01_a.ipynb").unlink(), "no notebook exports a module"),
 ])
 def test_package_problems(package, tmp_path, spoil, expected):
