@@ -19,8 +19,9 @@ from minillm.world.templates import HARBOUR
 
 @torch.no_grad()
 def bits_per_byte(model, texts, tokenizer, batch_size=32):
-    """Bits that the model needs per UTF-8 byte of the texts (each a document, its end included), the unit that does not depend
-    on the tokenizer. Texts longer than max_seq_len are read in pieces that follow each other."""
+    """Bits that the model needs per UTF-8 byte of the texts (each a document, its end included),
+    the unit that does not depend on the tokenizer. Texts longer than max_seq_len are read in pieces
+    that follow each other."""
     model.eval()
     length = model.config.max_seq_len
     pieces = []
@@ -33,7 +34,8 @@ def bits_per_byte(model, texts, tokenizer, batch_size=32):
 
 
 def padded(rows, model):
-    """Lists of ids -> inputs and targets, filled up at the right with IGNORE, on the device of the model."""
+    """Lists of ids -> inputs and targets, filled up at the right with IGNORE, on the device of the
+    model."""
     ids = torch.full((len(rows), max(map(len, rows))), IGNORE)
     for row, target in zip(rows, ids):
         target[:len(row)] = torch.tensor(row)
@@ -43,10 +45,11 @@ def padded(rows, model):
 
 @torch.no_grad()
 def consistency(model, stories, tokenizer, batch_size=32):
-    """Share of stories whose end the model completes exactly: "So now the blue kite" -> " is with Vera, by the river."
+    """Share of stories whose end the model completes exactly: "So now the blue kite" -> " is with
+    Vera, by the river."
 
-    Greedy decoding gives the answer exactly when each of its tokens is the most likely one after those before it, so that
-    one pass over question and answer tells."""
+    Greedy decoding gives the answer exactly when each of its tokens is the most likely one after
+    those before it, so that one pass over question and answer tells."""
     model.eval()
     right = 0
     for i in range(0, len(stories), batch_size):
@@ -60,12 +63,14 @@ def consistency(model, stories, tokenizer, batch_size=32):
 
 
 def chance(stories):
-    """The consistency of a guess at random: among the characters of the story and none, and the places that it names."""
+    """The consistency of a guess at random: among the characters of the story and none, and the
+    places that it names."""
     return sum(1 / ((len(s.characters) + 1) * len(set(s.places))) for s in stories) / len(stories)
 
 
 def last_named(stories):
-    """The consistency of a rule that reads but tracks nothing: the last character and the last place that were named."""
+    """The consistency of a rule that reads but tracks nothing: the last character and the last
+    place that were named."""
     right = 0
     for s in stories:
         names = re.findall("|".join(c.name for c in s.characters), s.question)
@@ -74,7 +79,8 @@ def last_named(stories):
 
 
 def speed(model, tokenizer, new_tokens=64):
-    """Tokens per second of one story being written, the best of three, since whatever else the machine does only adds to the time."""
+    """Tokens per second of one story being written, the best of three, since whatever else the
+    machine does only adds to the time."""
     start = torch.tensor([encode_document("", tokenizer)[:1]], device=next(model.parameters()).device)
     seconds = []
     for _ in range(3):
@@ -85,19 +91,22 @@ def speed(model, tokenizer, new_tokens=64):
 
 
 def size_mb(model):
-    """Megabytes (10^6 bytes) of the weights, floats or codes and scales, a shared one counted once."""
+    """Megabytes (10^6 bytes) of the weights, floats or codes and scales, a shared one counted
+    once."""
     return size_bytes(model) / 1e6
 
 
 def accuracy(model, tokenizer, asked):
-    """Share of questions, pairs of a dialogue and the Question it ends with, whose greedy answer is right."""
+    """Share of questions, pairs of a dialogue and the Question it ends with, whose greedy answer is
+    right."""
     answers = replies(model, tokenizer, [messages for messages, _ in asked], partial=True)
     return sum(question.right(answer) for (_, question), (answer,) in zip(asked, answers)) / len(asked)
 
 
 def win_rate(model, other, tokenizer, asked, seed=0):
-    """Share of questions to which the model's answer has a greater true reward than that of the other, ties counted half, and
-    half the width of its 95% interval. Both answers are drawn at temperature 1."""
+    """Share of questions to which the model's answer has a greater true reward than that of the
+    other, ties counted half, and half the width of its 95% interval. Both answers are drawn at
+    temperature 1."""
     drawn = [replies(m, tokenizer, [messages for messages, _ in asked], temperature=1.0, seed=seed, partial=True) for m in (model, other)]
     results = []
     for (_, question), (a,), (b,) in zip(asked, *drawn):
@@ -114,7 +123,8 @@ that of the chat model (ties count half). The first row: the entropy, and a gues
 
 @functools.cache
 def trials(setting=Setting(), n=500):
-    """What every stage is scored on: held-out stories, and questions about others, in the valley and in the harbour."""
+    """What every stage is scored on: held-out stories, and questions about others, in the valley
+    and in the harbour."""
     return World(setting=setting).stories(n, "heldout"), exams(n, setting=setting), exams(n, region=HARBOUR, setting=setting)
 
 
@@ -128,8 +138,8 @@ def bounds(setting=Setting()):
 
 
 def score(name, model, tokenizer, chat=None, setting=Setting()):
-    """One row of the scorecard; chat: the model to win against (None, or the model itself: no wins to count); setting: of the
-    stories that the model learnt from."""
+    """One row of the scorecard; chat: the model to win against (None, or the model itself: no wins
+    to count); setting: of the stories that the model learnt from."""
     stories, valley, harbour = trials(setting)
     bpb = bits_per_byte(model, [s.text for s in stories], tokenizer)
     wins = f"{win_rate(model, chat, tokenizer, valley)[0]:.1%}" if chat else ""

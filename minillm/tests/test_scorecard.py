@@ -17,7 +17,7 @@ def test_scorecard_counts_what_it_says():
     stage_stories = World().stories(40, "heldout")
     assert 0 < scorecard.chance(stage_stories) < 0.3 and 0 <= scorecard.last_named(stage_stories) <= 1
     tokenizer = stages.Tokenizer.train([s.text for s in stage_stories], 400)
-    model = stages.Llama(replace(stages.STORIES.model, vocab_size=400, max_seq_len=512))
+    model = stages.Llama(replace(SIZES["cpu"].stories.model, vocab_size=400, max_seq_len=512))
     assert scorecard.consistency(model, stage_stories, tokenizer) == 0
 
     class Oracle(torch.nn.Module):
