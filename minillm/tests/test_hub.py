@@ -28,7 +28,8 @@ def make(config=SMALL):
     torch.manual_seed(0)
     model = (ScaledLlama if isinstance(config, ScaledConfig) else Llama)(config)
     for p in model.parameters():
-        torch.nn.init.normal_(p, float(p.ndim == 1), 0.2)       # norms around 1, so that a swapped one shows
+        # norms around 1, so that a swapped one shows
+        torch.nn.init.normal_(p, float(p.ndim == 1), 0.2)
     return model.eval()
 
 
@@ -108,7 +109,8 @@ def test_a_published_llama_opens(settings, shards, tmp_path):
 def test_bfloat16_checkpoints(tmp_path, tokenizer):
     published(tmp_path, dtype=torch.bfloat16)
     made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert far(load_model(tmp_path), made) < 1e-5                                  # bfloat16 numbers are float32 numbers
+    # bfloat16 numbers are float32 numbers
+    assert far(load_model(tmp_path), made) < 1e-5
     half = load_model(tmp_path, torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half.rope[0].dtype == torch.float32
     save_pretrained(half, None, tmp_path / "half")

@@ -182,7 +182,7 @@ def test_n_kv_heads_defaults_to_n_heads():
 
 # ---- accounting
 
-@pytest.mark.parametrize("config", [SMALL, TIED, PRESETS["cpu"], replace(PRESETS["cpu"], n_layers=1, n_kv_heads=1)])
+@pytest.mark.parametrize("config", [SMALL, TIED, LlamaConfig(), replace(LlamaConfig(), n_layers=1, n_kv_heads=1)])
 def test_counts_are_those_of_the_model(config):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

@@ -203,5 +203,6 @@ def test_a_folder_is_overwritten_file_by_file_and_nothing_else(folder, tokenizer
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     opened = load_model(folder)
     save_pretrained(other, tokenizer, folder)
-    assert load_model(folder).config == other.config and far(opened, make(), 600) == 0      # the open one did not change
+    # the open one did not change
+    assert load_model(folder).config == other.config and far(opened, make(), 600) == 0
     assert sorted(os.listdir(folder.parent)) == ["model", "note.txt"]
