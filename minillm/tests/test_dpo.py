@@ -1,4 +1,5 @@
-"""What the notebook on preferences cannot show: ragged batches, training, and input that must be refused. Parity with trl: test_dpo_parity."""
+"""What the notebook on preferences cannot show: ragged batches, training, and input that must be
+refused. Parity with trl: test_dpo_parity."""
 import math
 
 import pytest
@@ -68,7 +69,8 @@ def test_padding_and_company_do_not_matter():
     ids, mask = batch(rows)
     with torch.no_grad():
         together = sequence_logprob(model, ids, mask)
-        other = torch.where(mask.flip(1).cummax(1)[0].flip(1), ids, 299)            # another filler after the last marked token
+        # another filler after the last marked token
+        other = torch.where(mask.flip(1).cummax(1)[0].flip(1), ids, 299)
         assert (other != ids).any() and torch.allclose(together, sequence_logprob(model, other, mask), atol=1e-4)
         for i, alone in enumerate(together):
             n = int(mask[i].nonzero()[-1]) + 1
@@ -76,7 +78,8 @@ def test_padding_and_company_do_not_matter():
 
 
 def test_a_probability_distribution_over_answers():
-    """The probabilities of all answers of one length to one prompt sum to 1: nothing is shifted, left out or counted twice."""
+    """The probabilities of all answers of one length to one prompt sum to 1: nothing is shifted,
+    left out or counted twice."""
     torch.manual_seed(0)
     model = Llama(LlamaConfig(vocab_size=6, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16))
     for p in model.parameters():
@@ -111,7 +114,8 @@ def test_pairs_mark_each_answer_by_its_own_mask(tokenizer, pairs):
             assert (marked.diff() != 0).sum() <= 2                                  # one stretch
             seen.append(messages[0]["content"])
         assert torch.allclose(reference, sequence_logprob(tiny(), ids, mask).detach(), atol=1e-3)
-    assert len(set(seen)) == 12                                                     # an epoch has every pair
+    # an epoch has every pair
+    assert len(set(seen)) == 12
     assert all(torch.equal(a, b) for a, b in zip(batches[4], Pairs(pairs, tokenizer, tiny(), batch_size=4)[4]))
 
 
@@ -119,7 +123,8 @@ def test_only_the_last_answer_of_a_dialogue_is_marked(tokenizer):
     messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Who?"}]
     ids, mask = encode_answer(messages, f"Vera. {USER}", tokenizer)
     assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == f"Vera. {USER}{ENDOFTEXT}"
-    assert ids.count(tokenizer.special_tokens[USER]) == 2                           # that in the answer is ordinary text
+    # that in the answer is ordinary text
+    assert ids.count(tokenizer.special_tokens[USER]) == 2
 
 
 def test_first_loss_is_ln_2_and_the_reference_stays(tokenizer, pairs):
@@ -155,7 +160,8 @@ def test_without_reference_the_numbers_of_tokens(tokenizer, pairs):
 
 @pytest.mark.parametrize("function", LOSSES)
 def test_every_loss_prefers_the_chosen(function):
-    """Its gradient raises the chosen and lowers the rejected log-probability, and its value falls with the margin."""
+    """Its gradient raises the chosen and lowers the rejected log-probability, and its value falls
+    with the margin."""
     chosen, rejected = torch.tensor([-3.0, -8.0], requires_grad=True), torch.tensor([-4.0, -5.0], requires_grad=True)
     other = (torch.tensor([5.0, 4.0]), torch.tensor([6.0, 9.0])) if function is orpo_loss else (torch.tensor([-3.5, -8.0]), torch.tensor([-4.0, -5.5]))
     loss = function(chosen, rejected, *other, 0.1)
@@ -184,7 +190,8 @@ def test_sample_pairs_ranks_by_the_judge(monkeypatch):
 
 
 def test_kl_is_that_of_the_distributions(tokenizer):
-    """Exact over all answers of two tokens: the mean of sequence_kl under the policy is the KL divergence."""
+    """Exact over all answers of two tokens: the mean of sequence_kl under the policy is the KL
+    divergence."""
     config = LlamaConfig(vocab_size=6, dim=8, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=16)
     models = []
     for seed in range(2):
@@ -225,8 +232,11 @@ def test_shapes_must_agree(function):
 
 def test_masks_that_cannot_be():
     ids = torch.ones(2, 4, dtype=torch.int64)
-    for mask, message in ((torch.ones(2, 3), r"got \(2, 4\) and \(2, 3\)"), (torch.ones(2, 4), "row 0 marks its first token"),
-                          (torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]]), "row 1 marks no token")):
+    for mask, message in (
+        (torch.ones(2, 3), r"got \(2, 4\) and \(2, 3\)"),
+        (torch.ones(2, 4), "row 0 marks its first token"),
+        (torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]]), "row 1 marks no token"),
+    ):
         with pytest.raises(ValueError, match=message):
             sequence_logprob(tiny(), ids, mask)
 

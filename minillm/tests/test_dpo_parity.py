@@ -28,14 +28,16 @@ def transformers_copy(model):
 
 
 def trl_dpo(rows, policy, reference, beta, kind="sigmoid"):
-    """Loss and metrics of trl's DPOTrainer, with its own collator and its own log-probabilities of transformers' models."""
+    """Loss and metrics of trl's DPOTrainer, with its own collator and its own log-probabilities of
+    transformers' models."""
     same = lambda z: z
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")          # about progress bars and names that will change
         from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
         policy, reference = transformers_copy(policy), transformers_copy(reference)
-        trainer = SimpleNamespace(               # what _compute_loss reads; a whole trainer wants a tokenizer, a data set and a folder
+        # what _compute_loss reads; a whole trainer wants a tokenizer, a data set and a folder
+        trainer = SimpleNamespace(
             model=policy, ref_model=reference, accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same), beta=beta,
             loss_types=[kind], loss_weights=[1.0], f_divergence_type="reverse_kl", ld_alpha=None, label_smoothing=0.0, use_weighting=False,
             aux_loss_enabled=False, precompute_ref_logps=False, args=SimpleNamespace(gradient_checkpointing_kwargs=None),

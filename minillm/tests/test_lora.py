@@ -1,4 +1,5 @@
-"""Adapters: what a notebook cannot show well (every bad input, nothing half-applied, files of peft, resuming, memory)."""
+"""Adapters: what a notebook cannot show well (every bad input, nothing half-applied, files of peft,
+resuming, memory)."""
 import json
 import warnings
 
@@ -202,5 +203,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, four_bit):
         train(fresh(), Cut(batches().documents, 4), c)
     resumed, whole = fresh(), fresh()
     train(resumed, batches(), c)
-    train(whole, batches(), TrainConfig(steps=20, lr=1e-2, warmup=2, precision="float32", bar=False))
+    train(whole, batches(),
+          TrainConfig(steps=20, lr=1e-2, warmup=2, precision="float32", bar=False))
     assert same(snapshot(whole), resumed)

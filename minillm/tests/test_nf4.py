@@ -9,7 +9,8 @@ from minillm.tests.test_lora import ids, model
 
 PAPER = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
          -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]          # Dettmers et al. 2023, appendix E
+         # Dettmers et al. 2023, appendix E
+         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 
 
 def test_nf4_has_the_values_of_the_paper():
@@ -32,7 +33,8 @@ def test_nf4_of_zeros_of_one_value_and_twice():
     for w in (torch.zeros(4, 32), torch.full((4, 32), -0.3), torch.full((2, 64), 1e-38)):
         back = nf4_dequantize(*nf4_quantize(w), w.shape)
         assert torch.allclose(back, w, atol=1e-7) and back.isfinite().all()
-    assert (nf4_quantize(torch.zeros(4, 32))[0] == 0x77).all()          # two indices of the value 0, not of 0 / 0
+    # two indices of the value 0, not of 0 / 0
+    assert (nf4_quantize(torch.zeros(4, 32))[0] == 0x77).all()
     w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     once = nf4_dequantize(*nf4_quantize(w), w.shape)
     assert torch.equal(nf4_dequantize(*nf4_quantize(once), w.shape), once)

@@ -16,7 +16,8 @@ def memory(tokenizer):
     """A model that knows one dialogue by heart."""
     torch.manual_seed(0)
     model, dialogue = Llama(CONFIG), [user("Hi"), assistant("Hello 🦙!"), user("Bye"), assistant("So long.")]
-    finetune(model, [dialogue] * 4, tokenizer, TrainConfig(steps=80, lr=1e-2, warmup=5, bar=False, precision="float32"), batch_size=4)
+    finetune(model, [dialogue] * 4, tokenizer,
+             TrainConfig(steps=80, lr=1e-2, warmup=5, bar=False, precision="float32"), batch_size=4)
     return model, dialogue
 
 
@@ -45,7 +46,8 @@ def test_sampled_replies_depend_on_the_seed_only(tokenizer, model):
 
 
 def test_reply_at_the_end_of_the_context(tokenizer, model):
-    for n, room in (60, 1), (61, 0), (70, 0):                  # <|endoftext|> <|user|> x... <|assistant|>
+    # <|endoftext|> <|user|> x... <|assistant|>
+    for n, room in (60, 1), (61, 0), (70, 0):
         messages = [user("\x00" * n)]
         if room:
             assert isinstance(reply(model, tokenizer, messages), str)

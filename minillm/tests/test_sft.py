@@ -1,4 +1,5 @@
-"""What the notebook of instruction tuning cannot show: errors, random dialogues in Unicode and with the texts of special tokens, limits."""
+"""What the notebook of instruction tuning cannot show: errors, random dialogues in Unicode and with
+the texts of special tokens, limits."""
 import random
 
 import pytest
@@ -54,31 +55,36 @@ def random_dialogue(rng, hostile=True):
 
 
 def test_ids_and_mask_of_random_dialogues(tokenizer):
-    """Derived the other way round: cut the ids at the role tokens, and compare each part with its message."""
+    """Derived the other way round: cut the ids at the role tokens, and compare each part with its
+    message."""
     end, roles = tokenizer.special_tokens[ENDOFTEXT], {tokenizer.special_tokens[USER]: "user", tokenizer.special_tokens[ASSISTANT]: "assistant"}
     for seed in range(300):
         messages = random_dialogue(random.Random(seed))
         ids, mask = encode_dialogue(messages, tokenizer)
         assert len(ids) == len(mask) and ids[0] == end and not mask[0]
         starts = [i for i, token in enumerate(ids) if token in roles]
-        assert [roles[ids[i]] for i in starts] == [m["role"] for m in messages], "a message made a turn of its own"
+        assert [roles[ids[i]] for i in starts] == [m["role"] for m in messages], \
+            "a message made a turn of its own"
         for message, a, b in zip(messages, starts, [*starts[1:], len(ids)]):
             assert not mask[a], "the role token is given, not learnt"
             part, answer = ids[a + 1:b], message["role"] == "assistant"
             assert mask[a + 1:b] == [answer] * len(part)
-            assert (part[-1:] == [end]) == answer, "the end token belongs to answers, and to them only"
+            assert (part[-1:] == [end]) == answer, \
+                "the end token belongs to answers, and to them only"
             assert tokenizer.decode(part[:-1] if answer else part) == message["content"]
             assert end not in (part[:-1] if answer else part)
 
 
 def test_equals_the_template_in_jinja(tokenizer):
-    """transformers renders our template, tiktoken encodes it: the same ids; and the same characters are marked for learning."""
+    """transformers renders our template, tiktoken encodes it: the same ids; and the same characters
+    are marked for learning."""
     fast = tokenizer.to_tiktoken()
     for seed in range(100):
         messages = random_dialogue(random.Random(seed), hostile=False)
         (text,), spans = render_jinja_template([messages], chat_template=TEMPLATE, return_assistant_tokens_mask=True)
         ids, mask = encode_dialogue(messages, tokenizer)
-        waiting = messages[-1]["role"] == "user"               # then the template goes on with <|assistant|>
+        # then the template goes on with <|assistant|>
+        waiting = messages[-1]["role"] == "user"
         assert fast.encode(text, allowed_special="all") == (encode_prompt(messages, tokenizer) if waiting else ids)
         learnt, marked = [i for i, m in zip(ids, mask) if m], []
         for a, b in spans[0]:
@@ -166,15 +172,21 @@ def test_dialogues_of_nothing_but_prompts(tokenizer, model):
             Dialogues([good, [user("Hi")], good], tokenizer, 1, masked=masked)
     before = {n: p.clone() for n, p in model.named_parameters()}
     config = TrainConfig(steps=1, warmup=1, bar=False)
-    for wrong, words in (([[user("Hi")]], "no answer"), ([good, [user("Hi"), user("Hi")]], "message 1"), ([], "batch_size"),
-                         ([good, [user("long " * 100), assistant("Hi")]], r"dialogue 1 has \d+ tokens, more than max_seq_len=64")):
+    for wrong, words in (
+        ([[user("Hi")]], "no answer"),
+        ([good, [user("Hi"), user("Hi")]], "message 1"),
+        ([], "batch_size"),
+        ([good, [user("long " * 100), assistant("Hi")]], r"dialogue 1 has \d+ tokens, more than max_seq_len=64"),
+    ):
         with pytest.raises(ValueError, match=words):
             finetune(model, wrong, tokenizer, config, batch_size=1)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "a refused dataset changed the model"
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), \
+        "a refused dataset changed the model"
 
 
 def test_longest_dialogue_that_fits(tokenizer, model):
-    for n, fits in (60, True), (61, False):                    # <|endoftext|> <|user|> x... <|assistant|> y <|endoftext|>, the last is target only
+    # <|endoftext|> <|user|> x... <|assistant|> y <|endoftext|>, the last is target only
+    for n, fits in (60, True), (61, False):
         dialogue = [user("\x00" * n), assistant("\x00")]
         assert len(encode_dialogue(dialogue, tokenizer)[0]) == n + 5
         train = lambda: finetune(Llama(CONFIG), [dialogue], tokenizer, TrainConfig(steps=1, warmup=1, bar=False), batch_size=1)
@@ -186,7 +198,8 @@ def test_longest_dialogue_that_fits(tokenizer, model):
 
 
 def test_only_answers_teach(tokenizer):
-    """The loss of a batch is the cross-entropy of the answer's tokens and its end, and of nothing else."""
+    """The loss of a batch is the cross-entropy of the answer's tokens and its end, and of nothing
+    else."""
     torch.manual_seed(0)
     model = Llama(CONFIG)
     (_, targets), = [Dialogues([[user("abc"), assistant("de")]], tokenizer, 1)[0]]
