@@ -86,9 +86,10 @@ def encode_dialogue(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[in
 
 # %% ../notebooks/11_instruct.ipynb #a3a06f0a
 def encode_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
-    """Ids of a dialogue that ends with the user's message, and <|assistant|>, after which it waits.
+    """Ids of a dialogue that waits for an answer.
 
-    Raises ValueError if the last message is not of the user, and as encode_dialogue.
+    It ends with the user's message, and <|assistant|> follows. Raises ValueError if the
+    last message is not of the user, and as encode_dialogue.
     """
     ids, _ = encode_dialogue(messages, tokenizer)
     if messages[-1]["role"] != "user":
