@@ -21,7 +21,7 @@ from .lora import TARGETS, replace_module
 from .model import Llama, LlamaConfig
 from .quantize import Int4Linear, find_linears, named, quantize_model
 
-
+# %% ../notebooks/17_quantization.ipynb #48679022
 @torch.no_grad()
 def input_squares(model: Llama, names: Iterable[str],
                   batches: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -49,7 +49,8 @@ def quantize_absmax(weight: Tensor, dim: int | None = 1, bits: int = 8) -> tuple
 
     With 8 bits the codes run from -127 to 127. dim=None: one scale, of shape (). Otherwise one for
     each slice along dim, which has length 1 in its shape: dim=1 of a weight (o, i) gives (o, 1), a
-    scale for each row. The error is at most scale / 2. Raises as check_weight, check_dim, check_bits.
+    scale for each row. The error is at most scale / 2. Raises as check_weight, check_dim and
+    check_bits.
     """
     check_weight(weight)
     check_dim(weight, dim)

@@ -207,7 +207,7 @@ def named(name: str, make: Callable[[nn.Linear], nn.Module], linear: nn.Linear) 
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from error
 
-# %% ../notebooks/17_quantization.ipynb #48679022
+# %% ../notebooks/17_quantization.ipynb #8369a8a3
 @torch.no_grad()
 def quantize_model(model: Llama, make: Callable[[nn.Linear], nn.Module] = Int8Linear,
                    targets: Sequence[str] = TARGETS) -> Llama:
@@ -235,8 +235,7 @@ class Int4Linear(QuantizedLinear):
     """A linear layer in 4 bits (or 2 to 8), weight-only, in groups of weights of a row.
 
     Each group has a scale and a zero-point. quantize(weight, group, bits) -> codes (o, i), scale
-    and zero (o, n). Raises as QuantizedLinear, in_groups and check_bits.
-    """
+    and zero (o, n). Raises as QuantizedLinear, in_groups and check_bits."""
 
     def __init__(self, linear: nn.Linear, group: int = 64, bits: int = 4,
                  quantize: Callable[..., tuple[Tensor, Tensor, Tensor]] = quantize_groups):
