@@ -51,13 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command: what cannot be measured ends it with one sentence on stderr and exit code 2."""
     p = parser()
     options = p.parse_args(arguments)
+
+    def refuse(error):
+        p.exit(2, f"{p.prog}: error: {error}\n")
+
     try:
         sizes.chosen()
     except ValueError as error:                      # MINILLM_SIZE names no size
-        p.error(str(error))
+        refuse(error)
     if options.what == "memory":
         if len(vars(options)) > 1:
-            p.error("memory is predicted, not timed: it takes no options")
+            refuse("memory is predicted, not timed: it takes no options")
         from minillm.bench.memory import report      # reads MINILLM_SIZE, which is right by now
         return report()
     settings = {
@@ -76,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check(picture=picture)
         tables = options.work(**settings)
     except Refused as error:
-        p.error(str(error))
+        refuse(error)
     if picture:
         plot(tables, picture)
         print(f"\nsaved {picture}")
