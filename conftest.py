@@ -7,6 +7,9 @@ PARALLEL = "PYTEST_XDIST_WORKER" in os.environ     # pytest -n 2
 if PARALLEL:
     # Workers with several threads each would slow each other down many times over.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the tests and notebooks assert about trained models is about this size, on a GPU, too, where
+# another one is the default.
+os.environ.setdefault("MINILLM_SIZE", "cpu")
 
 failed = {}    # notebook: its first cell that failed
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minillm.storage.files import replacing
@@ -124,7 +125,7 @@ def plot(tables: Sequence[Table], path: str | Path | None = None) -> Figure:
     return figure
 
 
-def draw(axes, t: Table) -> None:
+def draw(axes: Axes, t: Table) -> None:
     """One panel of plot."""
     ratios = [row.ratio for row in t.rows]
     ours = [row.name.startswith("minillm") for row in t.rows]
