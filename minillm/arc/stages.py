@@ -8,6 +8,7 @@ from minillm.arc.cache import ALPHA, RANK, Stage, build, device
 from minillm.arc.sizes import SIZES, chosen
 from minillm.data import ENDOFTEXT, Rows, Windows, clean, encode_document, split_documents
 from minillm.dpo import Pairs, count_pairs, preference_loss, sample_pairs
+from minillm.fast_decode import FastDecoder
 from minillm.generate import generate
 from minillm.lora import add_lora
 from minillm.model import Llama
@@ -81,7 +82,7 @@ def samples(model, tokenizer, n, length=400, seed=0):
     """n texts that the model writes from nothing, each of at most `length` tokens (and max_seq_len), as numbered lines."""
     length = min(length, model.config.max_seq_len - 1)
     start = encode_document("", tokenizer)[0]
-    ids = generate(model, torch.full((n, 1), start, device=next(model.parameters()).device), length, stop=start, seed=seed).tolist()
+    ids = generate(FastDecoder(model), torch.full((n, 1), start, device=next(model.parameters()).device), length, stop=start, seed=seed).tolist()
     texts = [tokenizer.decode(row[1:row.index(start, 1)] if start in row[1:] else row[1:]) for row in ids]
     return "\n".join(f"  {i + 1}. {text.strip()}" for i, text in enumerate(texts))
 
@@ -133,7 +134,7 @@ def make_dpo(recipe, before, checkpoints, bar):
     """Each question is answered four times; the best and the worst answer, by the true reward, make a pair."""
     model, tokenizer = before.model, before.tokenizer
     asked = exams(recipe.examples, "train", setting=before.setting)
-    pairs = sample_pairs(model, tokenizer, asked, lambda question, answer: question.reward(answer))
+    pairs = sample_pairs(FastDecoder(model), tokenizer, asked, lambda question, answer: question.reward(answer))
     if bar:
         print(f"\nDPO: {len(pairs):,} pairs of answers of the chat model to {recipe.examples:,} questions.")
     batches = Pairs(pairs, tokenizer, model, recipe.batch_size)

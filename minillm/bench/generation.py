@@ -10,6 +10,7 @@ from minillm.bench.arguments import chosen, describe
 from minillm.bench.ceilings import bytes_a_token, measured, memory_read
 from minillm.bench.peers import c_programs, greedy, int8_writers, with_weights_of, writers
 from minillm.bench.timing import fastest, table
+from minillm.fast_decode import FastDecoder
 from minillm.generate import generate as our_generate
 from minillm.lora import TARGETS
 from minillm.model import Llama, LlamaConfig
@@ -56,7 +57,7 @@ def generate(rounds=10, peers=None, shapes=None, batches=(1, 16), new_tokens=64,
     shapes, peers = chosen(TALKERS, rounds, peers, shapes)
     for name, c in shapes:
         model = talker(c)
-        contenders = writers(model, peers) | {"minillm": partial(our_generate, model, temperature=0)}
+        contenders = writers(model, peers) | {"minillm": partial(our_generate, FastDecoder(model), temperature=0)}
         with tempfile.TemporaryDirectory() as work:
             programs = c_programs(peers, c, Path(work), ["run"]) if 1 in batches else {}
             for batch in batches:
@@ -80,7 +81,7 @@ def quantize(rounds=10, peers=None, shapes=None, new_tokens=64, show=lambda tabl
         ours = {f"minillm {kind}": quantize_model(copy.deepcopy(model), partial(Int8Linear, digits=digits), (*TARGETS, "lm_head"))
                 for kind, digits in (("int8, exact", 3), ("int8 x int8", 1))}
         contenders = {"transformers float32": partial(greedy, peer), **small} | {
-            who: partial(our_generate, m, temperature=0) for who, m in ({"minillm float32": model} | ours).items()}
+            who: partial(our_generate, FastDecoder(m), temperature=0) for who, m in ({"minillm float32": model} | ours).items()}
         ids = torch.randint(c.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0))
         with tempfile.TemporaryDirectory() as work:
             tables.append(writing_table(f"Generation in int8, {describe(name, c)}", c, ids, new_tokens, contenders, rounds,
