@@ -149,7 +149,7 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict:
 
 # %% ../notebooks/19_ship.ipynb #c5fb21b6
 def check_fit(model: Llama, tokenizer: Tokenizer, where: str | Path) -> None:
-    """Raises ValueError, naming `where`, if the tokenizer has tokens that the model has no row for."""
+    """Raises ValueError, naming `where`, if the model has no row for one of the tokens."""
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"{where}: the tokenizer has {tokenizer.n_vocab} tokens, the model only "
                          f"{model.config.vocab_size}: do they belong together?")
