@@ -7,21 +7,14 @@ from pathlib import Path
 
 import torch
 
-from minillm.arc import scorecard
+from minillm.arc import scorecard, sizes, stages
 from minillm.data import ENDOFTEXT
+from minillm.fast_decode import FastDecoder
 from minillm.generate import stream
 from minillm.hub import save_gguf, save_pretrained
 from minillm.parallel import joined
 from minillm.serving import server
 from minillm.sft import answer_room, encode_prompt
-
-try:
-    from minillm.arc import stages
-except ValueError as error:      # MINILLM_SIZE names no size
-    if __name__ != "__main__":
-        raise
-    print(f"minillm: {error}", file=sys.stderr)
-    sys.exit(2)
 
 ANSWER = 400      # tokens that an answer may have: a story and some more
 
@@ -52,7 +45,7 @@ def answer(stage, messages, seed=0):
     ids, text = encode_prompt(messages, stage.tokenizer), ""
     room, end = min(ANSWER, answer_room(ids, stage.model)), stage.tokenizer.special_tokens[ENDOFTEXT]
     ids = torch.tensor([ids], device=stages.device())
-    for piece in stream(stage.model, stage.tokenizer, ids, room, stop=end, temperature=0.5, seed=seed):
+    for piece in stream(FastDecoder(stage.model), stage.tokenizer, ids, room, stop=end, temperature=0.5, seed=seed):
         print(piece, end="", flush=True)
         text += piece
     print()
@@ -133,6 +126,7 @@ def main(arguments=None):
     if options.what == "export" and options.type and not options.gguf:
         exporting.error("--type is that of a GGUF file: add --gguf")
     try:
+        sizes.chosen()           # an unknown size is refused before any work
         with joined():
             if options.what == "chat":
                 chat(options.prompt)

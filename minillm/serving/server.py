@@ -26,6 +26,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+from minillm.fast_decode import FastDecoder
 from minillm.generate import pieces, steps
 from minillm.model import Llama
 from minillm.sft import answer_room, control_ids, encode_prompt
@@ -212,7 +213,7 @@ def answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], limit: int,
     made = []               # ids so far
 
     def tokens():
-        for new in steps(model, ids, limit, fields["temperature"], seed=seed,
+        for new in steps(FastDecoder(model), ids, limit, fields["temperature"], seed=seed,
                          top_p=fields["top_p"]):
             made.append(new.item())
             if made[-1] in special:

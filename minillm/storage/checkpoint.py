@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from minillm.optim import AdamW
-from minillm.parallel import check_shared, rank_and_world, share_of, whole
 from minillm.storage.files import replacing, seal, unseal
+from minillm.storage.shared import check_shared, full_tensor, rank_and_world, share_of
 
 
 def state(model: nn.Module, optimizer: AdamW | None = None) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: AdamW, hist
     path = folder / f"step-{len(history):08d}.safetensors"
     tensors = {"rng": torch.get_rng_state()}
     for name, tensor in state(model, optimizer).items():
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         if first:           # the other processes drop it before they get the next
             tensors[name] = tensor.cpu()
     if not first:
