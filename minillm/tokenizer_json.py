@@ -6,8 +6,11 @@ __all__ = ['CHARACTERS', 'BYTE_OF', 'GPT2_PATTERN', 'LLAMA3_PATTERN', 'byte_char
            'unspell', 'special_entry', 'tokenizer_json']
 
 # %% ../notebooks/19_ship.ipynb #56c31643
-def byte_characters():
-    """The visible characters that stand for the 256 bytes in a vocabulary file (GPT-2, Radford et al. 2019)."""
+from .tokenizer import Tokenizer
+
+
+def byte_characters() -> list[str]:
+    """A visible character for each of the 256 bytes, as in GPT-2's files (Radford et al. 2019)."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(b if b in visible else next(others)) for b in range(256)]
@@ -19,33 +22,44 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-
-def spell(token):
-    """A token (bytes) in the characters of byte_characters."""
+# %% ../notebooks/19_ship.ipynb #0c5e4ba8
+def spell(token: bytes) -> str:
+    """A token in the characters of byte_characters."""
     return "".join(CHARACTERS[b] for b in token)
 
 
-def unspell(text):
-    """The token (bytes) that is spelled `text`. Raises ValueError for a character that stands for no byte."""
+def unspell(text: str) -> bytes:
+    """The token that is spelled `text`. Raises ValueError if a character stands for no byte."""
     if strange := [c for c in text if c not in BYTE_OF]:
-        raise ValueError(f"token {text!r} has the character {strange[0]!r}, which stands for no byte")
+        raise ValueError(f"token {text!r} has the character {strange[0]!r}, "
+                         "which stands for no byte")
     return bytes(BYTE_OF[c] for c in text)
 
 # %% ../notebooks/19_ship.ipynb #4bfb3940
-def special_entry(content, i):
-    """A special token as an entry of added_tokens: found as it stands, with no white space swallowed."""
-    return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+def special_entry(content: str, i: int) -> dict:
+    """A special token as an entry of added_tokens: found as it stands, with its white space."""
+    return {"id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True}
 
 
-def tokenizer_json(tokenizer):
-    """The content of tokenizer.json for a Tokenizer, to be split and merged alike."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-             "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-             "vocab": {spell(token): i for token, i in tokenizer.ranks.items()},
-             "merges": [f"{spell(a)} {spell(b)}" for a, b in tokenizer.merges]}
-    return {"version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [special_entry(s, i) for s, i in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])],
-            "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "post_processor": None, "decoder": byte_level, "model": model}
+def tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """The content of a tokenizer.json that splits and merges as the Tokenizer does."""
+    special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern},
+             "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None,
+        "continuing_subword_prefix": None, "end_of_word_suffix": None,
+        "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+        "vocab": {spell(token): i for token, i in tokenizer.ranks.items()},
+        "merges": [f"{spell(a)} {spell(b)}" for a, b in tokenizer.merges],
+    }
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [special_entry(content, i) for content, i in special],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None, "decoder": byte_level, "model": model,
+    }

@@ -1,1 +1,1 @@
-"""The chat server and its page."""
+"""The chat server and its page, which `python -m minillm serve` starts (chapter 19)."""

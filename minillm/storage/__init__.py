@@ -1,1 +1,4 @@
-"""Files: replaced whole or not at all, checkpoints of a run, text to train on, and model folders that others wrote."""
+"""Files: replaced whole or not at all, checkpoints, texts to train on, and foreign model folders.
+
+Chapters 06 (texts), 07 (checkpoints) and 19 (model folders) use them.
+"""

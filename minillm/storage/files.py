@@ -1,20 +1,29 @@
-"""Files that are whole or not there, and files that notice a changed byte."""
+"""Files that are whole or not there, and files that notice a changed byte.
+
+Written by hand. From chapter 01 on, everything that the course saves goes through `replacing`.
+"""
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors.torch
+from torch import Tensor
 
 SEAL = re.compile(rb'(?<="sha256":")[0-9a-f]{64}(?=")')
 
 
 @contextmanager
-def replacing(path):
-    """A new binary file beside `path` to write to. It takes the place of `path` when the block ends, on the disk by then should the
-    power fail; after an error within the block it is gone, and what `path` was before stays."""
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A new binary file beside `path`, which takes the place of `path` when the block ends.
+
+    By then it is on the disk, should the power fail. After an error within the block the new file
+    is gone, and what `path` was before stays.
+    """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -27,14 +36,20 @@ def replacing(path):
         part.unlink(missing_ok=True)
 
 
-def seal(tensors, metadata):
-    """The bytes of a safetensors file of tensors and metadata {name: text}, with a SHA-256 over all of them in its header."""
+def seal(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """The bytes of a safetensors file of tensors and metadata {name: text}.
+
+    Its header holds a SHA-256 over all of them.
+    """
     data = safetensors.torch.save(tensors, metadata | {"sha256": "0" * 64})
     return SEAL.sub(hashlib.sha256(data).hexdigest().encode(), data, 1)
 
 
-def unseal(data):
-    """The tensors and metadata in bytes of seal. Raises ValueError if they are none, or one has changed."""
+def unseal(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata in the bytes of `seal`.
+
+    Raises ValueError if these bytes did not come from `seal`, or one of them has changed.
+    """
     found = SEAL.search(data)
     if not found:
         raise ValueError("it has no checksum")

@@ -1,10 +1,14 @@
-"""Text files for training, the reader's own or well-known ones from the network: checked, read, downloaded once."""
+"""Text files for training: checked, read, and, if they are well-known ones, downloaded once.
+
+Written by hand; chapter 06 reads its corpora with them.
+"""
 import hashlib
 import os
 import sys
 import urllib.error
 import urllib.request
 from codecs import getincrementaldecoder
+from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 
@@ -14,39 +18,53 @@ from tqdm import tqdm
 from minillm.data import ENDOFTEXT
 
 CORPORA = {     # name: address, SHA-256, bytes
-    "tinyshakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-                        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 1_115_394),
+    "tinyshakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", 1_115_394),
 }
 
 
-def cache_folder():
-    """Where downloads and the stages of the model are kept: the user's cache folder, or the one that MINILLM_CACHE names."""
+def cache_folder() -> Path:
+    """Where downloads and the stages of the model are kept.
+
+    That is the user's cache folder, or the one that MINILLM_CACHE names.
+    """
     return Path(os.environ.get("MINILLM_CACHE") or user_cache_path("minillm"))
 
 
-def count_characters(path):
-    """Characters of a UTF-8 file, without white space; read in blocks. Raises ValueError if missing, a folder or no text."""
+def count_characters(path: Path) -> int:
+    """How many characters a UTF-8 file has, without white space. It is read in blocks.
+
+    Raises ValueError if it is missing, a folder or not text.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the text files in it")
-    decoder, characters, offset, block = getincrementaldecoder("utf-8")(), 0, 0, b"-"
+    decoder = getincrementaldecoder("utf-8")()
+    characters, offset, block = 0, 0, b"-"
     try:
         with path.open("rb") as file:
             while block:
-                block, pending = file.read(2**20), len(decoder.getstate()[0])
+                block = file.read(2**20)
+                pending = len(decoder.getstate()[0])      # bytes of a character that was cut
                 if (at := block.find(0)) >= 0:
-                    raise ValueError(f"{path} is not text: byte {offset + at} is NUL (a binary file, or UTF-16?)")
-                characters += len("".join(decoder.decode(block, final=not block).split()))
+                    raise ValueError(f"{path} is not text: byte {offset + at} is NUL "
+                                     "(a binary file, or UTF-16?)")
+                text = decoder.decode(block, final=not block)
+                characters += len("".join(text.split()))
                 offset += len(block)
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8: byte {offset - pending + e.start} is 0x{e.object[e.start]:02x} "
-                         f"({e.reason})") from None
+        raise ValueError(f"{path} is not UTF-8: byte {offset - pending + e.start} is "
+                         f"0x{e.object[e.start]:02x} ({e.reason})") from None
     except OSError as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}") from None
     return characters
 
 
-def stream_documents(path):
-    """Yields the documents of a text file, which `<|endoftext|>` separates; only one of them is in memory at a time."""
+def stream_documents(path: str | Path) -> Iterator[str]:
+    """Yields the documents of a text file, which `<|endoftext|>` separates.
+
+    Only one of them is in memory at a time.
+    """
     lines = []
     with Path(path).open(encoding="utf-8", newline="") as file:
         for line in file:
@@ -58,73 +76,95 @@ def stream_documents(path):
     yield "".join(lines)
 
 
-def fetch(url, part):
-    """Adds to the file `part` what it lacks of `url`; starts over if the server sends no ranges. Raises OSError if cut off."""
+def fetch(url: str, part: Path) -> None:
+    """Adds to the file `part` what it lacks of `url`; starts over if the server sends no ranges.
+
+    Raises OSError if the connection is cut off.
+    """
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as e:
-        if e.code == 416:       # nothing lies beyond what we have: the checksum will tell whether it is right
+        # nothing lies beyond what we have: the checksum will tell whether it is right
+        if e.code == 416:
             return
         raise
     have = have if response.status == 206 else 0
     total = have + int(response.headers.get("Content-Length", 0))
-    with response, part.open("ab" if have else "wb") as file, tqdm(
-            desc=part.stem, initial=have, total=total or None, unit="B", unit_scale=True, ncols=90, file=sys.stdout) as bar:
-        while block := response.read(2**16):
-            file.write(block)
-            bar.update(len(block))
+    with response, part.open("ab" if have else "wb") as file:
+        with tqdm(desc=part.stem, initial=have, total=total or None, unit="B", unit_scale=True,
+                  ncols=90, file=sys.stdout) as bar:
+            while block := response.read(2**16):
+                file.write(block)
+                bar.update(len(block))
     if part.stat().st_size < total:
         raise OSError(f"the connection ended after {part.stat().st_size:,} of {total:,} bytes")
 
 
-def file_sha256(path):
+def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def download(url, path, sha256):
-    """Brings `url` to `path`, with a progress bar, unless it is there. What was interrupted goes on at the next call.
+def download(url: str, path: str | Path, sha256: str) -> Path:
+    """Brings `url` to `path`, with a progress bar, unless it is there; returns the path.
 
-    Raises OSError if the connection fails (path.part keeps what came), ValueError if the content has another checksum."""
+    An interrupted download continues at the next call. Raises OSError if the connection fails
+    (path.part keeps what came), ValueError if the content has another checksum.
+    """
     path, part = Path(path), Path(f"{path}.part")
     if path.exists():
         if file_sha256(path) != sha256:
-            raise ValueError(f"{path} is not what {url} should be: rename or delete it, then call again")
+            raise ValueError(f"{path} is not what {url} should be: "
+                             "rename or delete it, then call again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         fetch(url, part)
     except (OSError, HTTPException) as e:
-        raise OSError(f"{url}: {e or type(e).__name__}. Call again to go on from where it stopped") from None
+        raise OSError(f"{url}: {e or type(e).__name__}. "
+                      "Call again to go on from where it stopped") from None
     if (found := file_sha256(part)) != sha256:
         part.unlink()
-        raise ValueError(f"{url} has the checksum {found} instead of {sha256}: it was changed or damaged, and is deleted")
+        raise ValueError(f"{url} has the checksum {found} instead of {sha256}: "
+                         "it was changed or damaged, and is deleted")
     os.replace(part, path)
     return path
 
 
-def corpus(name, folder=None):
-    """The path of a corpus of `CORPORA`, downloaded at the first call into `folder` (if None, `cache_folder()`)."""
+def corpus(name: str, folder: str | Path | None = None) -> Path:
+    """The path of a corpus of `CORPORA`.
+
+    The first call downloads it into `folder` (if None, `cache_folder()`).
+    """
     if name not in CORPORA:
-        raise ValueError(f"no corpus is called {name!r}: there is {', '.join(CORPORA)}, or give the path of a text file")
+        raise ValueError(f"no corpus is called {name!r}: there is {', '.join(CORPORA)}, "
+                         "or give the path of a text file")
     url, sha256, _ = CORPORA[name]
     return download(url, Path(folder or cache_folder()) / f"{name}.txt", sha256)
 
 
-def read_documents(paths, least=1000):
-    """The documents of text files as a list of (path, text). A path may also be the name of one of `CORPORA`.
+def read_documents(
+        paths: str | Path | Iterable[str | Path], least: int = 1000) -> list[tuple[str, str]]:
+    """The documents of text files as a list of (path, text).
 
-    All files are checked before the first is read. Raises ValueError if one is missing, a folder, empty or not UTF-8 text, or
-    if all together have fewer than `least` characters."""
-    paths = [corpus(p) if p in CORPORA else Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    A path may also be the name of one of `CORPORA`. All files are checked before the first is read.
+    Raises ValueError if one is missing, a folder, empty or not UTF-8 text, or if all together have
+    fewer than `least` characters.
+    """
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    paths = [corpus(path) if path in CORPORA else Path(path) for path in paths]
     counts = {path: count_characters(path) for path in paths}
     for path, n in counts.items():
         if n == 0:
             raise ValueError(f"{path} is empty")
     if (n := sum(counts.values())) < least:
-        raise ValueError(f"{', '.join(map(str, paths)) or 'no file'}: {n} characters (white space not counted) are too few to learn from, "
-                         f"at least {least} are needed")
-    return [(str(path), text) for path in paths for text in stream_documents(path) if text.strip()]
+        raise ValueError(f"{', '.join(map(str, paths)) or 'no file'}: {n} characters (white space "
+                         f"not counted) are too few to learn from, at least {least} are needed")
+    documents = []
+    for path in paths:
+        documents += [(str(path), text) for text in stream_documents(path) if text.strip()]
+    return documents

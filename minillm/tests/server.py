@@ -1,4 +1,4 @@
-"""A server on a tiny model, its clients, and a model that says what it is told: for the tests of serving."""
+"""For the tests of serving: a server on a tiny model, clients, and a model told what to say."""
 import http.client
 import json
 import socket
@@ -17,56 +17,68 @@ from minillm.sft import ASSISTANT, USER, encode_prompt
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
-TOKENIZER = Tokenizer.train([story.text for story in World().stories(60)], 300, (ENDOFTEXT, USER, ASSISTANT))
+TEXTS = [story.text for story in World().stories(60)]
+TOKENIZER = Tokenizer.train(TEXTS, 300, (ENDOFTEXT, USER, ASSISTANT))
 LIMIT = 512
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
 PROMPT = len(encode_prompt(HELLO, TOKENIZER))
 GOOD = {"model": "tiny", "messages": HELLO, "max_tokens": 5}
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", name="model")
+def tiny_model():
     torch.manual_seed(0)
-    model = Llama(LlamaConfig(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=LIMIT))
+    model = Llama(LlamaConfig(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2,
+                              hidden_dim=48, max_seq_len=LIMIT))
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.3)
     return model
 
 
-@pytest.fixture(scope="module")
-def port(model):
-    """A running server's. Its sockets hold little, so that what a client does not read soon stands still."""
+@pytest.fixture(scope="module", name="port")
+def running_port(model):
+    """The port of a running server.
+
+    Its sockets hold little, so that what a client does not read soon stands still.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    running = uvicorn.Server(uvicorn.Config(server.application(model, TOKENIZER, "tiny"), log_level="critical", timeout_graceful_shutdown=1))
+    app = server.application(model, TOKENIZER, "tiny")
+    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)
+    running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     yield listener.getsockname()[1]
     running.should_exit = True
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
-@pytest.fixture(scope="module")
-def client(port):
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=20) as client:
+@pytest.fixture(scope="module", name="client")
+def openai_client(port):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0,
+                       timeout=60) as client:
         yield client
 
 
 def send(port, method="POST", path="/v1/chat/completions", body=None, headers=(), **connection):
     body = json.dumps(body) if isinstance(body, dict) else body
-    link = http.client.HTTPConnection("127.0.0.1", port, timeout=20, **connection)
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=60, **connection)
     link.request(method, path, body, {"Content-Type": "application/json"} | dict(headers))
     return link.getresponse()
 
 
 def error_of(response, status):
-    """The error of a response, which must have OpenAI's form; nothing of the server's inside is in it."""
+    """The error of a response, which must have OpenAI's form.
+
+    Nothing of the server's inside is in it.
+    """
     text = response.read().decode()
     assert response.status == status, text
     error = json.loads(text)["error"]
-    assert sorted(error) == ["code", "message", "param", "type"] and error["message"] and "Traceback" not in text
+    assert sorted(error) == ["code", "message", "param", "type"]
+    assert error["message"] and "Traceback" not in text
     assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
     return error
 
@@ -78,14 +90,16 @@ def ask(client, content=HELLO, **settings):
 def joined(chunks):
     """The text of a stream, how it ended, and its usage if it was told."""
     chunks = list(chunks)
-    assert chunks[0].choices[0].delta.role == "assistant" and len({chunk.id for chunk in chunks}) == 1
-    ends = [c.finish_reason for chunk in chunks for c in chunk.choices]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({chunk.id for chunk in chunks}) == 1
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    ends = [choice.finish_reason for choice in choices]
     assert set(ends[:-1]) == {None}
-    return "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices), ends[-1], chunks[-1].usage
+    return "".join(choice.delta.content or "" for choice in choices), ends[-1], chunks[-1].usage
 
 
 def script(monkeypatch, ids, seconds=0.0):
-    """The model is made to write these tokens; returns the list of those that were asked for so far."""
+    """Makes the model write these tokens; returns the list of those that were asked for so far."""
     made = []
 
     def steps(*_, **__):
@@ -93,21 +107,30 @@ def script(monkeypatch, ids, seconds=0.0):
             time.sleep(seconds)
             made.append(i)
             yield torch.tensor([i])
+
     monkeypatch.setattr(server, "steps", steps)
     return made
 
 
-def endless(token=ord("x")):
+def endless():
     while True:
-        yield token
+        yield ord("x")
 
 
-def settled(made, seconds=10):
-    """How many there are when for a third of a second no more have come."""
-    end = time.time() + seconds
-    while time.time() < end:
+def until(true, seconds=60):
+    """Wait until true() holds."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def settled(made, seconds=60):
+    """How many there are when no more have come for a second."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         before = len(made)
-        time.sleep(0.3)
+        time.sleep(1)
         if len(made) == before:
             return before
     pytest.fail(f"{len(made)} tokens, and it goes on")

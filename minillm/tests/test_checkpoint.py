@@ -1,4 +1,7 @@
-"""What the notebook on training cannot show: runs that are killed or interrupted, and files that are damaged, foreign or old."""
+"""What the notebook on training cannot show about checkpoints.
+
+Runs that are killed or interrupted, and files that are damaged, foreign or old.
+"""
 import json
 import os
 import random
@@ -34,7 +37,8 @@ chance, save = random.Random(int(seed)), os.replace
 def kill(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def run(where, checkpoint):      # in a process of its own; where: ("batch", i), ("save", i), a time in seconds, or None
+# in a process of its own; where: ("batch", i), ("save", i), a time in seconds, or None
+def run(where, checkpoint):
     if pid := os.fork():
         if isinstance(where, float):
             time.sleep(where)
@@ -54,7 +58,12 @@ def run(where, checkpoint):      # in a process of its own; where: ("batch", i),
 assert run(None, folder + "/whole") == 0
 batches, saves = sorted(chance.sample(range(8, 79), 4)), [chance.randrange(1, 13) * 3]
 places = [("batch", i) for i in batches] + [("save", i) for i in saves]
-places.sort(key=lambda place: (place[1] / (2 if place[0] == "batch" else 1), place[0] == "batch"))      # step 9 is saved, then reads batch 18
+
+def when(place):      # step 9 is saved, then reads batch 18
+    kind, i = place
+    return (i / 2, 1) if kind == "batch" else (i, 0)
+
+places.sort(key=when)
 for place in places:
     assert run(place, folder + "/killed") == signal.SIGKILL, place
 for _ in range(3):
@@ -70,8 +79,9 @@ print("equal after", places)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, precision):
     seed = random.randrange(10**6)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), precision, str(seed)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), precision, str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
     assert "equal after" in done.stdout
 
@@ -89,10 +99,11 @@ def test_dropout_draws_the_same_after_a_resume(tmp_path):
     torch.manual_seed(1)
     train(whole, Batches(), settings())
     torch.manual_seed(1)
+    saved = settings(checkpoint=str(tmp_path), checkpoint_every=4)
     with pytest.raises(ZeroDivisionError):
-        train(parts, Batches({9: lambda: 1 / 0}), settings(checkpoint=str(tmp_path), checkpoint_every=4))
+        train(parts, Batches({9: lambda: 1 / 0}), saved)
     torch.manual_seed(2)
-    train(parts, Batches(), settings(checkpoint=str(tmp_path), checkpoint_every=4))
+    train(parts, Batches(), saved)
     assert torch.equal(weights(whole), weights(parts))
 
 
@@ -104,9 +115,11 @@ def test_ctrl_c_finishes_the_step_and_the_same_call_goes_on(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="after step 7; saved"):
         train(stopped, interrupt, settings(checkpoint=str(tmp_path)))
-    assert names(tmp_path) == ["step-00000008.safetensors"] and signal.getsignal(signal.SIGINT) is before
+    assert names(tmp_path) == ["step-00000008.safetensors"]
+    assert signal.getsignal(signal.SIGINT) is before
     history = train(stopped, Batches(), settings(checkpoint=str(tmp_path)))
-    assert [h["step"] for h in history] == list(range(12)) and torch.equal(weights(whole), weights(stopped))
+    assert [h["step"] for h in history] == list(range(12))
+    assert torch.equal(weights(whole), weights(stopped))
     seconds = [h["seconds"] for h in history]
     assert seconds == sorted(seconds), "the clock goes on where it stopped"
 
@@ -133,7 +146,8 @@ def test_train_in_another_thread():
 
 def checkpointed(folder, **changes):
     model = tiny()
-    return model, train(model, Batches(), settings(checkpoint=str(folder), checkpoint_every=4, **changes))
+    config = settings(checkpoint=str(folder), checkpoint_every=4, **changes)
+    return model, train(model, Batches(), config)
 
 
 def test_two_newest_are_kept_and_a_finished_run_is_not_repeated(tmp_path):
@@ -150,10 +164,17 @@ def test_every_changed_byte_and_every_cut_is_refused(tmp_path):
     header = 8 + int.from_bytes(data[:8], "little")
     untouched = tiny(1)
     expected = weights(untouched)
-    places = [*range(10), data.index(b'"sha256"'), data.index(b'"sha256"') + 20, header - 1, header, len(data) - 1]
-    places += [chance.randrange(header) for _ in range(100)] + [chance.randrange(len(data)) for _ in range(100)]
-    damaged = [data[:i] + bytes([data[i] ^ chance.randrange(1, 256)]) + data[i + 1:] for i in places]
-    damaged += [data[:i] for i in [0, 1, 8, 100, header, len(data) - 1] + [chance.randrange(len(data)) for _ in range(20)]]
+    checksum = data.index(b'"sha256"')
+    places = [*range(10), checksum, checksum + 20, header - 1, header, len(data) - 1]
+    places += [chance.randrange(header) for _ in range(100)]
+    places += [chance.randrange(len(data)) for _ in range(100)]
+    damaged = []
+    for i in places:
+        changed = bytes([data[i] ^ chance.randrange(1, 256)])
+        damaged.append(data[:i] + changed + data[i + 1:])
+    cuts = [0, 1, 8, 100, header, len(data) - 1]
+    cuts += [chance.randrange(len(data)) for _ in range(20)]
+    damaged += [data[:i] for i in cuts]
     for content in damaged + [data + b"\0"]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match="step-00000012.safetensors is damaged"):
@@ -170,9 +191,11 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, capsys):
     good = newest.read_bytes()
     newest.write_bytes(good[:-1])
     again, same = checkpointed(tmp_path)
-    assert capsys.readouterr().out == ("checkpoint refused: step-00000012.safetensors is damaged: its checksum does not fit "
-                                       "its content\n")
-    assert torch.equal(weights(model), weights(again)) and [h["loss"] for h in same] == [h["loss"] for h in history]
+    assert capsys.readouterr().out == (
+        "checkpoint refused: step-00000012.safetensors is damaged: "
+        "its checksum does not fit its content\n")
+    assert torch.equal(weights(model), weights(again))
+    assert [h["loss"] for h in same] == [h["loss"] for h in history]
     load_checkpoint(newest, again)
     assert names(tmp_path) == ["step-00000008.safetensors", "step-00000012.safetensors"]
 
@@ -198,7 +221,9 @@ def test_checkpoint_of_another_model_changes_nothing(tmp_path):
     checkpointed(tmp_path)
     path, wide = tmp_path / "step-00000012.safetensors", Llama(LlamaConfig(17, 16, 1, 2, 1, 16, 16))
     deep, before = Llama(LlamaConfig(17, 8, 2, 2, 1, 16, 16)), weights(wide)
-    with pytest.raises(ValueError, match=r"of another model: model.model.embed_tokens.weight is \(17, 16\) here, \(17, 8\) there"):
+    message = (r"of another model: model.model.embed_tokens.weight is "
+               r"\(17, 16\) here, \(17, 8\) there")
+    with pytest.raises(ValueError, match=message):
         load_checkpoint(path, wide)
     with pytest.raises(ValueError, match="here, missing there"):
         load_checkpoint(path, deep)
@@ -208,7 +233,10 @@ def test_checkpoint_of_another_model_changes_nothing(tmp_path):
     assert torch.equal(weights(wide), before)
 
 
-@pytest.mark.parametrize("changes, expected", [({"lr": 2e-2}, "lr 0.01 there, 0.02 here"), ({"steps": 20}, "steps 12 there, 20 here")])
+@pytest.mark.parametrize("changes, expected", [
+    ({"lr": 2e-2}, "lr 0.01 there, 0.02 here"),
+    ({"steps": 20}, "steps 12 there, 20 here"),
+])
 def test_checkpoint_of_another_run_is_not_gone_on_with(tmp_path, changes, expected):
     checkpointed(tmp_path)
     with pytest.raises(ValueError, match=expected):
@@ -231,4 +259,5 @@ def test_checkpoint_holds_plain_tensors_and_exact_history(tmp_path):
     with safe_open(tmp_path / "step-00000012.safetensors", "pt") as f:
         assert json.loads(f.metadata()["history"]) == history
         keys, state = set(f.keys()), model.state_dict()
-        assert keys == {"rng"} | {f"{kind}.{name}" for kind in ("model", "m", "v") for name in state}
+        kinds = "model", "m", "v"
+        assert keys == {"rng"} | {f"{kind}.{name}" for kind in kinds for name in state}

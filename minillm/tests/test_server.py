@@ -1,4 +1,4 @@
-"""The chat server: what clients get, in OpenAI's form, and that it goes on serving after whatever they do."""
+"""The chat server: what clients get, in OpenAI's form, and where it listens."""
 import json
 import os
 import re
@@ -19,37 +19,49 @@ from minillm.data import ENDOFTEXT
 from minillm.generate import generate
 from minillm.serving import server
 from minillm.sft import ASSISTANT, USER, encode_prompt
-from minillm.tests.server import TOKENIZER, LIMIT, HELLO, PROMPT, GOOD, ask, client, joined, model, port, script, send
+from minillm.tests.server import GOOD, HELLO, LIMIT, PROMPT, TOKENIZER, ask, joined, script, send
+# fixtures: pytest finds them here, by name
+from minillm.tests.server import openai_client, running_port, tiny_model  # noqa: F401
 from minillm.tokenizer import Tokenizer
 
 
 def test_the_answer_is_that_of_generate(client, model):
     ids = encode_prompt(HELLO, TOKENIZER)
-    for settings in {"temperature": 0}, {"seed": 3}, {"seed": -2**63, "top_p": 0.5}, {"seed": 4, "temperature": 0.4}:
+    for settings in ({"temperature": 0}, {"seed": 3}, {"seed": -2**63, "top_p": 0.5},
+                     {"seed": 4, "temperature": 0.4}):
         new = generate(model, torch.tensor([ids]), 30, **settings)[0, len(ids):].tolist()
         special = [i for i, token in enumerate(new) if token >= 297]
         wanted, reason = (new[:special[0]], "stop") if special else (new, "length")
         got = ask(client, max_tokens=30, **settings)
-        assert got.choices[0].message.content == TOKENIZER.decode(wanted) and got.choices[0].finish_reason == reason
-        assert got.choices[0].message.role == "assistant" and got.model == "tiny" and got.object == "chat.completion"
+        choice, usage = got.choices[0], got.usage
+        assert choice.message.content == TOKENIZER.decode(wanted)
+        assert choice.finish_reason == reason and choice.message.role == "assistant"
+        assert got.model == "tiny" and got.object == "chat.completion"
         made = len(wanted) + bool(special)
-        assert (got.usage.prompt_tokens, got.usage.completion_tokens, got.usage.total_tokens) == (len(ids), made, len(ids) + made)
+        assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), made)
+        assert usage.total_tokens == len(ids) + made
 
 
 def test_a_stream_is_the_same_answer(client, port):
     whole = ask(client, seed=1, max_completion_tokens=40)
-    text, reason, usage = joined(ask(client, seed=1, max_completion_tokens=40, stream=True, stream_options={"include_usage": True}))
-    assert (text, reason, usage) == (whole.choices[0].message.content, whole.choices[0].finish_reason, whole.usage)
+    chunks = ask(client, seed=1, max_completion_tokens=40, stream=True,
+                 stream_options={"include_usage": True})
+    text, reason, usage = joined(chunks)
+    choice = whole.choices[0]
+    assert (text, reason, usage) == (choice.message.content, choice.finish_reason, whole.usage)
     assert joined(ask(client, seed=1, max_tokens=40, stream=True)) == (text, reason, None)
     raw = send(port, body=GOOD | {"stream": True})
     assert raw.getheader("content-type").startswith("text/event-stream")
     events = raw.read().decode().split("\n\n")
-    assert events[-2:] == ["data: [DONE]", ""] and all(event.startswith("data: {") for event in events[:-2])
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: {") for event in events[:-2])
 
 
 def test_the_content_of_a_message_may_be_texts_in_parts(client):
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "who are you?"}]}]
-    assert ask(client, parts, seed=1).choices[0].message.content == ask(client, seed=1).choices[0].message.content
+    content = [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "who are you?"}]
+    in_parts = ask(client, [{"role": "user", "content": content}], seed=1)
+    whole = ask(client, seed=1)
+    assert in_parts.choices[0].message.content == whole.choices[0].message.content
 
 
 def test_a_model_by_its_name(client):
@@ -66,8 +78,14 @@ def test_the_room_of_the_context_bounds_an_answer(client, monkeypatch):
     script(monkeypatch, [65])
     seen = []
     steps = server.steps
-    monkeypatch.setattr(server, "steps", lambda model, ids, limit, *a, **k: seen.append(limit) or steps())
-    for settings in ({}, {"max_tokens": 10**9}, {"max_tokens": 7}, {"max_tokens": 7, "max_completion_tokens": 6}, {"max_tokens": None}):
+
+    def watched(model, ids, limit, *_, **__):
+        seen.append(limit)
+        return steps()
+
+    monkeypatch.setattr(server, "steps", watched)
+    for settings in ({}, {"max_tokens": 10**9}, {"max_tokens": 7},
+                     {"max_tokens": 7, "max_completion_tokens": 6}, {"max_tokens": None}):
         ask(client, **settings)
     assert seen == [LIMIT - PROMPT, LIMIT - PROMPT, 7, 6, LIMIT - PROMPT]
 
@@ -76,18 +94,28 @@ def test_the_room_of_the_context_bounds_an_answer(client, monkeypatch):
 def test_special_tokens_end_an_answer_and_are_not_shown(client, monkeypatch, token):
     made = script(monkeypatch, [*b"Yes.", TOKENIZER.special_tokens[token], *b"No."])
     got = ask(client)
-    assert (got.choices[0].message.content, got.choices[0].finish_reason, got.usage.completion_tokens, len(made)) == ("Yes.", "stop", 5, 5)
+    assert (got.choices[0].message.content, got.choices[0].finish_reason) == ("Yes.", "stop")
+    assert got.usage.completion_tokens == len(made) == 5
     assert joined(ask(client, stream=True))[:2] == ("Yes.", "stop")
 
 
 def test_an_empty_answer(client, monkeypatch):
     script(monkeypatch, [TOKENIZER.special_tokens[ENDOFTEXT]])
-    assert ask(client).choices[0].message.content == "" and joined(ask(client, stream=True))[:2] == ("", "stop")
+    assert ask(client).choices[0].message.content == ""
+    assert joined(ask(client, stream=True))[:2] == ("", "stop")
 
 
 @pytest.mark.parametrize("stop, shown, reason", [
-    ("lo", "hel", "stop"), (["zz", "l"], "he", "stop"), (["lo wor", "ell"], "h", "stop"), ("hello", "", "stop"), (["d!?", "dd"], "hello world!", "length"),
-    ("world!!", "hello world!", "length"), ("!", "hello world", "stop"), (["o", "llo"], "he", "stop"), ([], "hello world!", "length")])
+    ("lo", "hel", "stop"),
+    (["zz", "l"], "he", "stop"),
+    (["lo wor", "ell"], "h", "stop"),
+    ("hello", "", "stop"),
+    (["d!?", "dd"], "hello world!", "length"),
+    ("world!!", "hello world!", "length"),
+    ("!", "hello world", "stop"),
+    (["o", "llo"], "he", "stop"),
+    ([], "hello world!", "length"),
+])
 def test_stop_strings(client, monkeypatch, stop, shown, reason):
     script(monkeypatch, b"hello world!")
     got = ask(client, stop=stop).choices[0]
@@ -98,20 +126,29 @@ def test_stop_strings(client, monkeypatch, stop, shown, reason):
 
 def test_what_cannot_be_a_stop_is_sent_at_once(client, monkeypatch):
     script(monkeypatch, b"aab-", 0.01)
-    for stop, pieces in ("aaab", ["", "aab", "-", None]), ("zz", ["", "a", "a", "b", "-", None]):      # "a" and "aa" may become "aaab"
-        assert [chunk.choices[0].delta.content for chunk in ask(client, stop=stop, stream=True)] == pieces
+    # "a" and "aa" may become "aaab"
+    for stop, pieces in ("aaab", ["", "aab", "-", None]), ("zz", ["", "a", "a", "b", "-", None]):
+        chunks = ask(client, stop=stop, stream=True)
+        assert [chunk.choices[0].delta.content for chunk in chunks] == pieces
 
 
 def test_characters_are_sent_whole(client, monkeypatch):
     script(monkeypatch, "aé🦙你".encode())
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True))
+    chunks = ask(client, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == ask(client).choices[0].message.content == "aé🦙你"
 
 
 def test_the_dialogue_reaches_the_model(client, monkeypatch):
     seen = []
-    monkeypatch.setattr(server, "steps", lambda model, ids, *a, **k: seen.append(ids.tolist()[0]) or iter([torch.tensor([65])]))
-    talk = [*HELLO, {"role": "assistant", "content": "Ida <|user|> 🦙"}, {"role": "user", "content": "And you?", "name": "x"}]
+
+    def steps(model, ids, *_, **__):
+        seen.append(ids.tolist()[0])
+        return iter([torch.tensor([65])])
+
+    monkeypatch.setattr(server, "steps", steps)
+    talk = [*HELLO, {"role": "assistant", "content": "Ida <|user|> 🦙"},
+            {"role": "user", "content": "And you?", "name": "x"}]
     ask(client, talk)
     assert seen == [encode_prompt(talk, TOKENIZER)]
 
@@ -125,7 +162,8 @@ def test_models_health_and_page(client, port):
     text = page.read().decode()
     assert text == Path(server.__file__).with_name("chat.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]|@import", text), "a resource from elsewhere"
-    assert not re.search(r"(inner|outer)HTML|insertAdjacent|document\.write|eval\(", text), "text that may become HTML"
+    assert not re.search(r"(inner|outer)HTML|insertAdjacent|document\.write|eval\(", text), \
+        "text that may become HTML"
     assert "default-src 'none'" in text and 'lang="en"' in text
 
 
@@ -143,7 +181,8 @@ def test_serve_says_where_it_is_and_ends_with_control_c(model, capsys):
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's job in the background ignores SIGINT
+    # a shell's job in the background ignores SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         visitor = threading.Thread(target=visit)
         visitor.start()
@@ -155,16 +194,26 @@ def test_serve_says_where_it_is_and_ends_with_control_c(model, capsys):
     assert b'"here"' in seen[0]
 
 
-@pytest.mark.parametrize("where, word", [({"port": "taken"}, "--port"), ({"port": 70_000}, "70000"), ({"port": -1}, "-1"),
-                                         ({"host": "no such host", "port": 0}, "no such host")])
+@pytest.mark.parametrize("where, word", [
+    ({"port": "taken"}, "--port"),
+    ({"port": 70_000}, "70000"),
+    ({"port": -1}, "-1"),
+    ({"host": "no such host", "port": 0}, "no such host"),
+])
 def test_where_it_cannot_listen(port, where, word):
+    taken = {key: port if value == "taken" else value for key, value in where.items()}
     with pytest.raises(ValueError, match=word):
-        server.listen(**{key: port if value == "taken" else value for key, value in where.items()})
+        server.listen(**taken)
 
 
 def test_it_listens_to_this_machine_only_unless_told(monkeypatch):
     asked = []
-    monkeypatch.setattr(socket, "create_server", lambda address, **_: asked.append(address) or (_ for _ in ()).throw(OSError("no")))
+
+    def create_server(address, **_):
+        asked.append(address)
+        raise OSError("no")
+
+    monkeypatch.setattr(socket, "create_server", create_server)
     with pytest.raises(ValueError):
         server.listen()
     assert asked == [("127.0.0.1", 8000)]

@@ -1,4 +1,4 @@
-"""What the notebook of the data chapter cannot show: downloads that fail in every way, and files that are not text."""
+"""What the notebook on data cannot show: downloads that fail, and files that are not text."""
 import hashlib
 import random
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +28,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(CONTENT) - start))
         self.end_headers()
-        self.wfile.write(CONTENT[start:start + server.cuts.pop(0)] if server.cuts else CONTENT[start:])
+        end = start + server.cuts.pop(0) if server.cuts else len(CONTENT)
+        self.wfile.write(CONTENT[start:end])
 
     def log_message(self, *args):
         pass
@@ -46,10 +47,12 @@ def server():
 
 def test_download(server, tmp_path, capsys):
     path = download(server.url, tmp_path / "new" / "file.bin", SHA256)
-    assert path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ["file.bin"]
+    assert path.read_bytes() == CONTENT
+    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
     out, err = capsys.readouterr()
     assert "100%" in out and not err
-    assert download(server.url, path, SHA256) == path and server.ranges == [None], "asked for what it had"
+    assert download(server.url, path, SHA256) == path
+    assert server.ranges == [None], "asked for what it had"
 
 
 def test_interrupted_download_goes_on(server, tmp_path):
@@ -60,7 +63,8 @@ def test_interrupted_download_goes_on(server, tmp_path):
             download(server.url, path, SHA256)
         assert not path.exists() and (tmp_path / "file.bin.part").stat().st_size == have
     download(server.url, path, SHA256)
-    assert path.read_bytes() == CONTENT and server.ranges == [None, "bytes=100000-", "bytes=150000-"]
+    assert path.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=100000-", "bytes=150000-"]
 
 
 def test_server_without_ranges_starts_over(server, tmp_path):
@@ -95,7 +99,8 @@ def test_download_spares_a_file_of_other_content(server, tmp_path):
 def test_missing_page_and_missing_server(server, tmp_path):
     with pytest.raises(OSError, match="404"):
         download(server.url + "x", tmp_path / "file.bin", SHA256)
-    server.shutdown(), server.server_close()
+    server.shutdown()
+    server.server_close()
     with pytest.raises(OSError, match="refused"):
         download(server.url, tmp_path / "file.bin", SHA256)
     assert not any(tmp_path.iterdir())
@@ -114,14 +119,18 @@ def test_corpus(server, tmp_path, monkeypatch):
 
 def test_table_of_corpora():
     for name, (url, sha256, size) in CORPORA.items():
-        assert url.startswith("https://") and len(sha256) == 64 and int(sha256, 16) and size > 0, name
+        assert url.startswith("https://") and size > 0, name
+        assert len(sha256) == 64 and int(sha256, 16), name
 
 
 # ---- files of text
 
+TOO_FEW = r"5 characters \(white space not counted\) are too few to learn from, at least 1000"
+
+
 @pytest.mark.parametrize("content, message", [
     (b"", "is empty"), (b" \n\t\r\n", "is empty"), ("\u00a0\u2003".encode(), "is empty"),
-    (b"short", r"5 characters \(white space not counted\) are too few to learn from, at least 1000"),
+    (b"short", TOO_FEW),
     (b"a" * 2000 + b"\0" + b"a" * 2000, "byte 2000 is NUL"),
     (b"a" * (2**20 + 5) + b"\0", "byte 1048581 is NUL"),
     ("abc".encode("utf-16"), "NUL"),
@@ -129,20 +138,25 @@ def test_table_of_corpora():
     (b"a" * (2**20 - 1) + "é".encode() + b"\xff", "byte 1048577 is 0xff"),
     (b"a" * (2**20 - 1) + b"\xc3x", "byte 1048575 is 0xc3"),
     (b"a" * 2000 + b"\xe2\x82", "byte 2000 is 0xe2"),
-    (b"a" * 2000 + b"\xed\xa0\x80", "byte 2000 is 0xed")])
+    (b"a" * 2000 + b"\xed\xa0\x80", "byte 2000 is 0xed"),
+])
 def test_bad_file_is_refused_before_any_is_read(tmp_path, monkeypatch, content, message):
     (tmp_path / "bad.txt").write_bytes(content)
     paths = [tmp_path / "bad.txt"]
     if len(content) != 5:
         (tmp_path / "good.txt").write_text("word " * 1000)
         paths.insert(0, tmp_path / "good.txt")
-    monkeypatch.setattr(minillm.storage.text_files, "stream_documents", lambda path: pytest.fail("read before all were checked"))
+    monkeypatch.setattr(minillm.storage.text_files, "stream_documents",
+                        lambda path: pytest.fail("read before all were checked"))
     with pytest.raises(ValueError, match=message) as error:
         read_documents(paths)
     assert "bad.txt" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, message", [("gone.txt", "gone.txt cannot be read: No such file"), ("", "is a folder")])
+@pytest.mark.parametrize("name, message", [
+    ("gone.txt", "gone.txt cannot be read: No such file"),
+    ("", "is a folder"),
+])
 def test_missing_file_and_folder(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         read_documents(tmp_path / name)
@@ -154,15 +168,18 @@ def test_no_file():
 
 
 def test_documents_of_several_files(tmp_path):
-    (tmp_path / "a.txt").write_bytes("\ufefféé\r\n".encode() * 500 + b"<|endoftext|>\n<|endoftext|>last")
+    first = "\ufefféé\r\n".encode() * 500
+    (tmp_path / "a.txt").write_bytes(first + b"<|endoftext|>\n<|endoftext|>last")
     (tmp_path / "b.txt").write_text("你" * 2**20 + "好")
     got = read_documents([str(tmp_path / "a.txt"), tmp_path / "b.txt"])
-    assert [(name[-5:], len(text)) for name, text in got] == [("a.txt", 2500), ("a.txt", 4), ("b.txt", 2**20 + 1)]
+    lengths = [(name[-5:], len(text)) for name, text in got]
+    assert lengths == [("a.txt", 2500), ("a.txt", 4), ("b.txt", 2**20 + 1)]
 
 
 def test_stream_documents_cuts_like_split(tmp_path):
     rng, path = random.Random(0), tmp_path / "x.txt"
+    parts = ["a", "é", "\n", "\r\n", "\r", ENDOFTEXT, "<|endof", "text|>", " "]
     for _ in range(200):
-        text = "".join(rng.choices(["a", "é", "\n", "\r\n", "\r", ENDOFTEXT, "<|endof", "text|>", " "], k=rng.randrange(20)))
+        text = "".join(rng.choices(parts, k=rng.randrange(20)))
         path.write_bytes(text.encode())
         assert [*stream_documents(path)] == text.split(ENDOFTEXT)

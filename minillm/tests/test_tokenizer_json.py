@@ -9,28 +9,48 @@ from tokenizers import Tokenizer as Rust
 from minillm.hub import save_pretrained
 from minillm.sft import encode_dialogue, encode_prompt
 from minillm.storage.model_folder import load_tokenizer, parse_tokenizer
-from minillm.tests.test_hub import SPECIAL, folder, make, tokenizer
+from minillm.tests.test_hub import SPECIAL, make
 from minillm.tokenizer import Tokenizer
 from minillm.tokenizer_json import LLAMA3_PATTERN, spell, tokenizer_json
 from minillm.world import World
 from minillm.world.questions import dialogues
 
 
+PARTS = [
+    "'s", "'LL", "'ſ", "don't", " ", "   ", "\n", "\r\n", "\t", "\x0b", "\x1c", "\x85", "\xa0",
+    "\u2028", "é", "e\u0301", "naïve", "猫が好き", "Ελλάδα", "👩‍🚀", "١٢٣", "½", "²",
+    "7", "12", "2026", "Vera", " kite", "_x", "?!", "...", "\x00", "\ufeff", "<|", "|>", *SPECIAL,
+    "aaaaaaa", "bbb",
+]
+
+
+@pytest.fixture(scope="module", name="tokenizer")
+def small_tokenizer():
+    return Tokenizer.train([story.text for story in World().stories(300)], 512, SPECIAL)
+
+
+@pytest.fixture(name="folder")
+def model_folder(tokenizer, tmp_path):
+    save_pretrained(make(), tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
 def nasty(n, seed=0):
-    parts = ["'s", "'LL", "'ſ", "don't", " ", "   ", "\n", "\r\n", "\t", "\x0b", "\x1c", "\x85", "\xa0", "\u2028", "é", "e\u0301", "naïve", "猫が好き",
-             "Ελλάδα", "👩‍🚀", "١٢٣", "½", "²", "7", "12", "2026", "Vera", " kite", "_x", "?!", "...", "\x00", "\ufeff", "<|", "|>", *SPECIAL, "aaaaaaa", "bbb"]
+    """Texts in which everything meets that has ever made two tokenizers disagree."""
     rng = random.Random(seed)
-    return ["".join(rng.choices(parts, k=rng.randrange(40))) for _ in range(n)]
+    return ["".join(rng.choices(PARTS, k=rng.randrange(40))) for _ in range(n)]
 
 
 def test_ids_are_those_of_transformers(folder, tokenizer):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     letters = [chr(c) + "a 1" + chr(c) for c in range(0, 0x11000, 7) if not 0xD800 <= c < 0xE000]
-    for text in nasty(1000) + [story.text for story in World().stories(100, "heldout")] + letters:
+    stories = [story.text for story in World().stories(100, "heldout")]
+    for text in nasty(1000) + stories + letters:
         ids = tokenizer.encode(text, allowed_special="all")
         assert theirs(text)["input_ids"] == ids, repr(text)
         assert theirs.decode(ids) == text
-    assert theirs.eos_token == "<|endoftext|>" and theirs.pad_token is None and len(theirs) == tokenizer.n_vocab
+    assert theirs.eos_token == "<|endoftext|>" and theirs.pad_token is None
+    assert len(theirs) == tokenizer.n_vocab
 
 
 def test_the_pattern_of_llama_3(tokenizer):
@@ -45,11 +65,14 @@ def test_the_pattern_of_llama_3(tokenizer):
 
 def test_the_template_gives_the_ids_of_the_course(folder, tokenizer):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    odd = [[{"role": "user", "content": " two  blanks\n\n"}, {"role": "assistant", "content": "{{ x }} {% y %} é\t"}]]
-    for messages in dialogues(30) + odd:
-        assert theirs.apply_chat_template(messages, return_dict=False) == encode_dialogue(messages, tokenizer)[0]
+    odd = [{"role": "user", "content": " two  blanks\n\n"},
+           {"role": "assistant", "content": "{{ x }} {% y %} é\t"}]
+    for messages in dialogues(30) + [odd]:
+        ids = theirs.apply_chat_template(messages, return_dict=False)
+        assert ids == encode_dialogue(messages, tokenizer)[0]
         asked = messages[:-1]
-        assert theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False) == encode_prompt(asked, tokenizer)
+        ids = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        assert ids == encode_prompt(asked, tokenizer)
     with pytest.raises(Exception, match="roles are user and assistant"):
         theirs.apply_chat_template([{"role": "system", "content": "x"}])
 
@@ -58,20 +81,27 @@ def test_a_tokenizer_without_chat_tokens_has_no_template(tmp_path):
     plain = Tokenizer.train([story.text for story in World().stories(100)], 300)
     save_pretrained(make(), plain, tmp_path)
     assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("kite")["input_ids"] == plain.encode("kite")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("kite")["input_ids"] == plain.encode("kite")
 
 
 def test_every_way_to_make_a_token_may_be_listed(tokenizer):
     """As in files that were made from tiktoken's, LLaMA 3's among them."""
     data = tokenizer_json(tokenizer)
     ranks = tokenizer.ranks
-    ways = [[spell(t[:k]), spell(t[k:])] for t in sorted(ranks, key=ranks.get) for k in range(1, len(t)) if {t[:k], t[k:]} <= ranks.keys()]
+    ways = []
+    for token in sorted(ranks, key=ranks.get):
+        for k in range(1, len(token)):
+            a, b = token[:k], token[k:]
+            if a in ranks and b in ranks:
+                ways.append([spell(a), spell(b)])
     assert len(ways) > len(tokenizer.merges)
     data["model"]["merges"] = ways
     opened = parse_tokenizer(data)
     rust = Rust.from_str(json.dumps(data))
     for text in nasty(300, seed=1):
-        assert opened.encode(text, allowed_special="all") == rust.encode(text).ids == tokenizer.encode(text, allowed_special="all")
+        ids = tokenizer.encode(text, allowed_special="all")
+        assert opened.encode(text, allowed_special="all") == rust.encode(text).ids == ids
 
 
 def change(data, path, value):
