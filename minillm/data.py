@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .storage.files import replacing
 from .tokenizer import Tokenizer
@@ -175,7 +176,8 @@ class Rows:
         if short := [i for i, document in enumerate(documents) if len(document) < 2]:
             raise ValueError(f"document {short[0]} has {len(documents[short[0]])} token(s): "
                              "it takes 2 to have a target")
-        self.documents, self.batch_size, self.seed = documents, batch_size, seed
+        self.documents = [torch.as_tensor(document) for document in documents]
+        self.batch_size, self.seed = batch_size, seed
         self.epoch, self.batches = None, []         # the latest plan, kept for the next batch
 
     def plan(self, epoch: int) -> list[list[int]]:
@@ -199,9 +201,7 @@ class Rows:
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         rows = [self.documents[j] for j in self.chosen(i)]
-        ids = torch.full((len(rows), max(map(len, rows))), IGNORE)
-        for row, document in zip(ids, rows):
-            row[:len(document)] = torch.tensor(document)
+        ids = pad_sequence(rows, batch_first=True, padding_value=IGNORE)
         return ids[:, :-1].clamp(min=0), ids[:, 1:]
 
 # %% ../notebooks/06_data.ipynb #8fd84589

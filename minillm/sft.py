@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .data import ENDOFTEXT, IGNORE, Rows
 from .generate import generate, pad_left
@@ -114,14 +115,13 @@ class Dialogues(Rows):
                 raise ValueError(f"dialogue {i} has no answer to learn from: "
                                  "all of its tokens are masked")
         super().__init__([ids for ids, _ in pairs], batch_size, seed)
-        self.masks = [mask if masked else [True] * len(ids) for ids, mask in pairs]
+        self.masks = [torch.tensor(mask if masked else [True] * len(mask)) for _, mask in pairs]
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         inputs, targets = super().__getitem__(i)
-        for row, j in zip(targets, self.chosen(i)):
-            learnt = torch.tensor(self.masks[j][1:])         # the first token is nobody's target
-            row[:len(learnt)][~learnt] = IGNORE
-        return inputs, targets
+        masks = pad_sequence([self.masks[j] for j in self.chosen(i)], batch_first=True)
+        # The first token is nobody's target.
+        return inputs, targets.masked_fill(~masks[:, 1:], IGNORE)
 
 # %% ../notebooks/11_instruct.ipynb #deff8048
 def finetune(model: Llama, dialogues: list[list[dict]], tokenizer: Tokenizer, config: TrainConfig,
