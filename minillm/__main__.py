@@ -9,6 +9,7 @@ import torch
 
 from minillm.arc import scorecard, sizes, stages
 from minillm.data import ENDOFTEXT
+from minillm.fast_decode import FastDecoder
 from minillm.generate import stream
 from minillm.hub import save_gguf, save_pretrained
 from minillm.parallel import joined
@@ -44,7 +45,7 @@ def answer(stage, messages, seed=0):
     ids, text = encode_prompt(messages, stage.tokenizer), ""
     room, end = min(ANSWER, answer_room(ids, stage.model)), stage.tokenizer.special_tokens[ENDOFTEXT]
     ids = torch.tensor([ids], device=stages.device())
-    for piece in stream(stage.model, stage.tokenizer, ids, room, stop=end, temperature=0.5, seed=seed):
+    for piece in stream(FastDecoder(stage.model), stage.tokenizer, ids, room, stop=end, temperature=0.5, seed=seed):
         print(piece, end="", flush=True)
         text += piece
     print()

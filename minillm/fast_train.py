@@ -332,13 +332,15 @@ def can_compile(device: str | torch.device) -> bool:
     return True
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module, any_length: bool = False) -> nn.Module:
     """The same model, with the same parameters, its blocks fused and compiled. They share one piece
-    of machine code for each set of shapes, so that compiling takes a fraction of what a whole model
-    does."""
+    of machine code, so that compiling takes a fraction of what a whole model does.
+
+    any_length: code for all lengths from the start, instead of code for the first one only.
+    """
     twin = twin_of(model, FusedBlock)
     for block in twin.model.layers:
-        block.compile()
+        block.compile(dynamic=True if any_length else None)
     return twin
 
 # %% ../notebooks/23_speed.ipynb #b17c9a20

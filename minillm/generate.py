@@ -8,41 +8,58 @@ __all__ = ['keep_top_k', 'keep_top_p', 'keep_min_p', 'penalize', 'distribution',
 
 # %% ../notebooks/08_generation.ipynb #0003ef74
 import codecs
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from .fast_decode import runner      # section 08.5 builds it
 from .model import check_ids
+from .tokenizer import Tokenizer
 
 # %% ../notebooks/08_generation.ipynb #dd96fbe1
-def keep_top_k(logits, k):
-    """logits (..., v) with all but the k largest set to -inf (Fan et al. 2018, section 5); ties with the k-th stay."""
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """logits (..., v) with all but the k largest set to -inf (Fan et al. 2018, section 5).
+
+    Ties with the k-th stay.
+    """
     least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < least, -torch.inf)
 
 # %% ../notebooks/08_generation.ipynb #e77930a9
-def keep_top_p(logits, p):
-    """logits (..., v) with all but the nucleus set to -inf: the likeliest tokens that reach p (Holtzman et al. 2020, 3.1)."""
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """logits (..., v) with all but the nucleus set to -inf (Holtzman et al. 2020, section 3.1).
+
+    The nucleus: as few as possible of the most likely tokens that together reach p.
+    """
     ordered, order = logits.sort(descending=True)
     q = ordered.softmax(-1)
-    drop = q.cumsum(-1) - q >= p                      # reached before this token: the one that crosses p stays
-    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)      # from sorted order back to places
+    drop = q.cumsum(-1) - q >= p        # reached before this token: the one that crosses p stays
+    in_place = torch.zeros_like(drop).scatter(-1, order, drop)       # undo the sorting
+    return logits.masked_fill(in_place, -torch.inf)
 
 # %% ../notebooks/08_generation.ipynb #c9a318b4
-def keep_min_p(logits, p):
-    """logits (..., v) with tokens less likely than p times the likeliest set to -inf (Nguyen et al. 2024, section 3)."""
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """logits (..., v) with -inf for tokens less likely than p times the most likely one
+    (Nguyen et al. 2024, section 3)."""
     q = logits.softmax(-1)
     return logits.masked_fill(q < p * q.amax(-1, keepdim=True), -torch.inf)
 
 # %% ../notebooks/08_generation.ipynb #5b8e6d05
-def penalize(logits, seen, penalty):
-    """Divide the positive and multiply the negative logits of the tokens in seen, bool (b, v), as libraries do after Keskar et al. 2019, 4.1."""
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide the positive and multiply the negative logits of the tokens in seen, bool (b, v).
+
+    As libraries do it, after Keskar et al. 2019, section 4.1.
+    """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 # %% ../notebooks/08_generation.ipynb #78204fad
-def distribution(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """The probabilities (..., v), float32, to draw the next token from; temperature 0 is certain of the largest logit."""
+def distribution(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, min_p: float | None = None) -> Tensor:
+    """The probabilities (..., v), float32, to draw the next token from.
+
+    Temperature 0 gives all the probability to the largest logit.
+    """
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits.float() / temperature
@@ -52,7 +69,8 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     return logits.softmax(-1)
 
 # %% ../notebooks/08_generation.ipynb #1db16118
-def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+                   min_p: float | None = None, repetition_penalty: float = 1.0) -> None:
     """Raises ValueError, naming the value, for settings that make no distribution."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (greedy) or above, and finite: got {temperature}")
@@ -63,101 +81,139 @@ def check_sampling(temperature=1.0, top_k=None, top_p=None, min_p=None, repetiti
     if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"min_p must be 0 to 1: got {min_p}")
     if not 0 < repetition_penalty < float("inf"):
-        raise ValueError(f"repetition_penalty must be above 0 and finite (1 changes nothing): got {repetition_penalty}")
+        raise ValueError("repetition_penalty must be above 0 and finite (1 changes nothing): "
+                         f"got {repetition_penalty}")
 
 # %% ../notebooks/08_generation.ipynb #811764a5
 class KVCache:
-    """Keys and values of one layer, (b, g, length, k) each, allocated at once and filled from the left.
+    """Keys and values of one layer, (b, g, length, k) each, allocated once, filled from the left.
 
-    padding, int64 (b,), goes to attend: so many positions at the left of each row are filler.
+    padding, int64 (b,), goes to attend: so many positions at the left of each row are padding.
     """
 
-    def __init__(self, batch, n_kv_heads, length, head_dim, dtype=torch.float32, device=None, padding=None):
-        self.k, self.v = torch.empty(2, batch, n_kv_heads, length, head_dim, dtype=dtype, device=device)
+    def __init__(self, batch: int, n_kv_heads: int, length: int, head_dim: int,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
+                 padding: Tensor | None = None) -> None:
+        shape = batch, n_kv_heads, length, head_dim
+        self.k, self.v = torch.empty(2, *shape, dtype=dtype, device=device)
         self.length, self.padding = 0, padding
 
-    def append(self, k, v):
-        """Add k, v (b, g, t, k); returns those of all positions so far. Raises ValueError if they do not fit."""
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k, v (b, g, t, k); returns those of all positions so far.
+
+        Raises ValueError if they do not fit.
+        """
         start, end = self.length, self.length + k.shape[2]
         if end > self.k.shape[2]:
-            raise ValueError(f"the cache has room for {self.k.shape[2]} tokens and holds {start}: {end - start} more do not fit")
-        self.k[:, :, start:end], self.v[:, :, start:end], self.length = k, v, end
+            raise ValueError(f"the cache has room for {self.k.shape[2]} tokens and holds {start}: "
+                             f"{end - start} more do not fit")
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
+        self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
-    def truncate(self, n):
+    def truncate(self, n: int) -> None:
         """Forget all but the first n positions. Raises ValueError if it does not hold so many."""
         if not 0 <= n <= self.length:
             raise ValueError(f"the cache holds {self.length} tokens: it cannot keep {n}")
         self.length = n
 
 # %% ../notebooks/08_generation.ipynb #3765bbab
-def make_caches(model, batch, length, padding=None):
+def make_caches(model: nn.Module, batch: int, length: int,
+                padding: Tensor | None = None) -> list[KVCache]:
     """An empty KVCache for each layer of a Llama, in the dtype and on the device of its weights."""
     c, w = model.config, model.model.embed_tokens.weight
-    return [KVCache(batch, c.n_kv_heads, length, c.head_dim, w.dtype, w.device, padding) for _ in range(c.n_layers)]
+    shape = batch, c.n_kv_heads, length, c.head_dim
+    return [KVCache(*shape, w.dtype, w.device, padding) for _ in range(c.n_layers)]
 
 # %% ../notebooks/08_generation.ipynb #d8ad2ded
-def pad_left(prompts, pad_id):
-    """Prompts (lists of ids) as a batch: ids int64 (b, t), filled up with pad_id on the left, and padding int64 (b,), how far.
+def pad_left(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompts (lists of ids) as a batch: ids int64 (b, t), filled up with pad_id on the left, and
+    padding int64 (b,), how far.
 
     Raises ValueError if there is no prompt, or an empty one.
     """
     if not prompts or not all(len(p) for p in prompts):
-        raise ValueError(f"each prompt needs at least one token: got prompts of {[len(p) for p in prompts]} tokens")
+        raise ValueError("each prompt needs at least one token: "
+                         f"got prompts of {[len(p) for p in prompts]} tokens")
     t = max(map(len, prompts))
-    padding = torch.tensor([t - len(p) for p in prompts])
-    return torch.tensor([[pad_id] * (t - len(p)) + list(p) for p in prompts]), padding
+    padding = [t - len(p) for p in prompts]
+    ids = [[pad_id] * n + list(p) for n, p in zip(padding, prompts)]
+    return torch.tensor(ids), torch.tensor(padding)
 
 # %% ../notebooks/08_generation.ipynb #93667795
-def check_prompt(model, ids, max_new_tokens, padding=None):
-    """Raises TypeError or ValueError unless each row of ids (b, t) has a token, and all with the new ones fit into model."""
+def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int,
+                 padding: Tensor | None = None) -> None:
+    """Raises TypeError or ValueError unless each row of ids (b, t) has a token, and all of them
+    fit into the model together with the new ones."""
     check_ids(ids, 0, model.config)
     (b, t), room = ids.shape, model.config.max_seq_len
     if not b or not t:
-        raise ValueError(f"the prompt is empty (shape {(b, t)}): begin with at least one token, such as <|endoftext|>")
+        raise ValueError(f"the prompt is empty (shape {(b, t)}): begin with at least one token, "
+                         "such as <|endoftext|>")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more: got {max_new_tokens}")
     if t + max_new_tokens > room:
-        raise ValueError(f"a prompt of {t} tokens and {max_new_tokens} new ones are more than max_seq_len={room}: "
-                         "shorten the prompt or ask for less")
-    if padding is not None and (padding.shape != (b,) or not ((padding >= 0) & (padding < t)).all()):
-        raise ValueError(f"padding must be {b} numbers from 0 to {t - 1}, so that each row has a token: got {padding.tolist()}")
+        raise ValueError(f"a prompt of {t} tokens and {max_new_tokens} new ones are more than "
+                         f"max_seq_len={room}: shorten the prompt or ask for less")
+    if padding is None:
+        return
+    if padding.shape != (b,) or not ((padding >= 0) & (padding < t)).all():
+        raise ValueError(f"padding must be {b} numbers from 0 to {t - 1}, so that each row has a "
+                         f"token: got {padding.tolist()}")
 
 # %% ../notebooks/08_generation.ipynb #fe21b7b1
-def seen_tokens(ids, vocab_size, padding=None):
-    """Which tokens occur in each row of ids (b, t), filler left out: bool (b, v)."""
+def seen_tokens(ids: Tensor, vocab_size: int, padding: Tensor | None = None) -> Tensor:
+    """Which tokens occur in each row of ids (b, t), padding left out: bool (b, v)."""
+    real = torch.ones_like(ids, dtype=torch.bool)
+    if padding is not None:
+        real = torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]        # (b, t)
     counts = torch.zeros(len(ids), vocab_size, dtype=torch.int64, device=ids.device)
-    real = torch.arange(ids.shape[1], device=ids.device) >= (0 if padding is None else padding[:, None])
-    return counts.scatter_add_(1, ids.long(), real.expand_as(ids).long()) > 0
+    return counts.scatter_add_(1, ids.long(), real.long()) > 0
 
 # %% ../notebooks/08_generation.ipynb #97c53fb5
-def steps(model, ids, max_new_tokens, temperature=1.0, repetition_penalty=1.0, seed=0, padding=None, **cuts):
-    """Yield the next token of each row, int64 (b,), max_new_tokens times. See generate, which checks the arguments."""
-    caches, run = make_caches(model, len(ids), ids.shape[1] + max_new_tokens, padding), runner(model)
+def steps(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
+          repetition_penalty: float = 1.0, seed: int = 0, padding: Tensor | None = None,
+          **cuts) -> Iterator[Tensor]:
+    """Yield the next token of each row, int64 (b,), max_new_tokens times.
+
+    cuts: top_k, top_p, min_p. See generate, which checks the arguments.
+    """
+    caches = make_caches(model, len(ids), ids.shape[1] + max_new_tokens, padding)
     rng = torch.Generator(ids.device).manual_seed(seed)
-    seen = None if repetition_penalty == 1 else seen_tokens(ids, model.config.vocab_size, padding)
+    seen = None
+    if repetition_penalty != 1:
+        seen = seen_tokens(ids, model.config.vocab_size, padding)
     for _ in range(max_new_tokens):
-        logits = run(ids, caches)[:, -1].float()
+        with torch.no_grad():                       # the model alone: not what happens at a yield
+            logits = model(ids, caches, caches[0].length)[:, -1].float()
         if seen is not None:
             logits = penalize(logits, seen, repetition_penalty)
         if temperature == 0:
             new = logits.argmax(-1)
         else:
-            new = torch.multinomial(distribution(logits, temperature, **cuts), 1, generator=rng)[:, 0]
+            q = distribution(logits, temperature, **cuts)
+            new = torch.multinomial(q, 1, generator=rng)[:, 0]
         if seen is not None:
             seen.scatter_(1, new[:, None], True)
         yield new
         ids = new[:, None]
 
 # %% ../notebooks/08_generation.ipynb #54d58464
-def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
-             stop=None, seed=0, padding=None):
-    """Continue ids, int64 (b, t), by up to max_new_tokens: (b, t + n), where n steps were enough for all rows to meet `stop`.
+def generate(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
+             top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+             repetition_penalty: float = 1.0, stop: int | None = None, seed: int = 0,
+             padding: Tensor | None = None) -> Tensor:
+    """Continue ids, int64 (b, t), by up to max_new_tokens: (b, t + n), where n steps were enough
+    for all rows to meet `stop`.
 
-    A row is filled with the token `stop` once it has met it. temperature divides the logits, 0 takes the likeliest token; top_k,
-    top_p, min_p and repetition_penalty: see keep_top_k and so on. padding (b,): filler at the left, from pad_left. The
-    same seed gives the same tokens. Raises ValueError, before any work, for a setting out of range, an empty prompt, or
-    more tokens than max_seq_len.
+    model: a Llama, or a module with the same call, model(ids, caches, start). A row is filled with
+    the token `stop` once it has met it. temperature divides the logits, 0 takes the most likely
+    token; top_k, top_p, min_p and repetition_penalty: see keep_top_k and so on. padding (b,): how
+    far each row is filled up on the left, from pad_left. The same seed gives the same tokens.
+
+    Raises ValueError, before any work, for a setting out of range, an empty prompt, or more tokens
+    than max_seq_len.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     check_prompt(model, ids, max_new_tokens, padding)
@@ -173,8 +229,11 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     return torch.cat(columns, dim=1)
 
 # %% ../notebooks/08_generation.ipynb #f5dc762e
-def pieces(tokenizer, ids, stop=None):
-    """Yield the text of ids (any iterable) bit by bit, up to the token `stop`. Bytes wait until their character is whole."""
+def pieces(tokenizer: Tokenizer, ids: Iterable[int], stop: int | None = None) -> Iterator[str]:
+    """Yield the text of ids bit by bit, up to the token `stop`.
+
+    Bytes wait until their character is whole.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for i in ids:
         if i == stop:
@@ -185,15 +244,19 @@ def pieces(tokenizer, ids, stop=None):
         yield text
 
 # %% ../notebooks/08_generation.ipynb #85bec618
-def stream(model, tokenizer, ids, max_new_tokens, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0,
-           stop=None, seed=0):
-    """Iterate over the continuation of ids (1, t) as text, each piece as soon as its characters are whole, up to `stop`.
+def stream(model: nn.Module, tokenizer: Tokenizer, ids: Tensor, max_new_tokens: int,
+           temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+           min_p: float | None = None, repetition_penalty: float = 1.0, stop: int | None = None,
+           seed: int = 0) -> Iterator[str]:
+    """Iterate over the continuation of ids (1, t) as text, up to `stop`.
 
-    Arguments and errors as in generate, whose text it is; one row only.
+    Each piece comes as soon as its characters are whole. Arguments and errors as in generate, whose
+    text it is; one row only.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     check_prompt(model, ids, max_new_tokens)
     if len(ids) != 1:
         raise ValueError(f"stream writes one text: got {len(ids)} rows")
-    new = steps(model, ids, max_new_tokens, temperature, repetition_penalty, seed, top_k=top_k, top_p=top_p, min_p=min_p)
+    new = steps(model, ids, max_new_tokens, temperature, repetition_penalty, seed,
+                top_k=top_k, top_p=top_p, min_p=min_p)
     return pieces(tokenizer, (row.item() for row in new), stop)

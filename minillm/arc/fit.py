@@ -11,15 +11,19 @@ from minillm.parallel import Processes, sharded
 from minillm.train import TrainConfig, count_targets, token_loss, train
 
 
-def faster(model: nn.Module, loss: Callable = token_loss,
-           compiling: bool = False) -> tuple[nn.Module, Callable]:
+def faster(model: nn.Module, loss: Callable = token_loss, compiling: bool = False,
+           any_length: bool = False) -> tuple[nn.Module, Callable]:
     """A model and a loss that are, to rounding, the same functions of the same weights, and faster
-    on this device. compiling: by torch.compile, which takes some seconds first, where it works."""
+    on this device.
+
+    compiling: by torch.compile, where it works, which takes some seconds first; any_length: for
+    batches whose length varies (see compiled).
+    """
     on_gpu = next(model.parameters()).is_cuda
     compiling = compiling and can_compile("cuda" if on_gpu else "cpu")
     if loss is token_loss:
         loss = fused_loss if compiling and on_gpu else chunked_loss
-    return compiled(model) if compiling else by_hand(model), loss
+    return compiled(model, any_length) if compiling else by_hand(model), loss
 
 
 def fit(model: nn.Module, batches, config: TrainConfig, loss: Callable = token_loss,
@@ -36,7 +40,7 @@ def fit(model: nn.Module, batches, config: TrainConfig, loss: Callable = token_l
     else:
         batches = Prefetched(batches)
     with sharded(model) if shard else nullcontext(model) as held:
-        forward, loss = faster(held, loss, compiling)
+        forward, loss = faster(held, loss, compiling, any_length=True)
         history = train(forward, batches, config, loss, count, Processes(device))
     model.train()
     return history

@@ -10,6 +10,7 @@ from minillm.arc.fit import fit
 from minillm.arc.sizes import Recipe, Tuning, size
 from minillm.data import ENDOFTEXT, Rows, Windows, clean, encode_document, split_documents
 from minillm.dpo import Pairs, count_pairs, preference_loss, sample_pairs
+from minillm.fast_decode import FastDecoder
 from minillm.generate import generate
 from minillm.lora import add_lora
 from minillm.model import Llama
@@ -98,7 +99,8 @@ def samples(model: torch.nn.Module, tokenizer: Tokenizer, n: int, length: int = 
     end = encode_document("", tokenizer)[0]
     start = torch.full((n, 1), end, device=next(model.parameters()).device)
     lines = []
-    for i, row in enumerate(generate(model, start, length, stop=end, seed=seed).tolist(), 1):
+    ids = generate(FastDecoder(model), start, length, stop=end, seed=seed)
+    for i, row in enumerate(ids.tolist(), 1):
         written = row[1:row.index(end, 1)] if end in row[1:] else row[1:]
         lines.append(f"  {i}. {tokenizer.decode(written).strip()}")
     return "\n".join(lines)
@@ -167,7 +169,7 @@ def make_dpo(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stag
     a pair."""
     model, tokenizer = before.model, before.tokenizer
     asked = exams(recipe.examples, "train", setting=before.setting)
-    pairs = sample_pairs(model, tokenizer, asked,
+    pairs = sample_pairs(FastDecoder(model), tokenizer, asked,
                          lambda question, answer: question.reward(answer))
     if bar:
         print(f"\nDPO: {len(pairs):,} pairs of answers of the chat model to {recipe.examples:,} "

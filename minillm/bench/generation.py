@@ -17,6 +17,7 @@ from minillm.bench.arguments import chosen, describe
 from minillm.bench.ceilings import bytes_a_token, measured, memory_read
 from minillm.bench.peers import c_programs, greedy, int8_writers, with_weights_of, writers
 from minillm.bench.timing import Table, fastest, table
+from minillm.fast_decode import FastDecoder
 from minillm.generate import generate as our_generate
 from minillm.lora import TARGETS
 from minillm.model import Llama, LlamaConfig
@@ -87,7 +88,7 @@ def generate(rounds: int = 10, peers: str | Path | None = None, shapes: Sequence
     for name, c in shapes:
         model = talker(c)
         contenders = writers(model, peers)
-        contenders["minillm"] = partial(our_generate, model, temperature=0)
+        contenders["minillm"] = partial(our_generate, FastDecoder(model), temperature=0)
         title = f"Generation, {describe(name, c)}"
         with tempfile.TemporaryDirectory() as work:
             programs = c_programs(peers, c, Path(work), ["run"]) if 1 in batches else {}
@@ -118,7 +119,7 @@ def quantize(rounds: int = 10, peers: str | Path | None = None, shapes: Sequence
                 "minillm int8 x int8": int8_copy(model, digits=1)}
         contenders = {"transformers float32": partial(greedy, peer)} | others
         for who, m in ({"minillm float32": model} | ours).items():
-            contenders[who] = partial(our_generate, m, temperature=0)
+            contenders[who] = partial(our_generate, FastDecoder(m), temperature=0)
         widths = dict.fromkeys([*others, *ours, "llama2.c runq.c"], 1)
         title = f"Generation in int8, {describe(name, c)}"
         with tempfile.TemporaryDirectory() as work:

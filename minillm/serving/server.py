@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+from minillm.fast_decode import FastDecoder
 from minillm.generate import pieces, steps
 from minillm.sft import answer_room, control_ids, encode_prompt
 
@@ -120,7 +121,7 @@ def answer(model, tokenizer, prompt, limit, fields):
     seed = secrets.randbits(63) if fields["seed"] is None else fields["seed"]
 
     def tokens():
-        for new in steps(model, ids, limit, fields["temperature"], seed=seed, top_p=fields["top_p"]):
+        for new in steps(FastDecoder(model), ids, limit, fields["temperature"], seed=seed, top_p=fields["top_p"]):
             made.append(new.item())
             if made[-1] in special:
                 break

@@ -49,7 +49,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
 def test_blocks_are_compiled_where_it_works(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f: f)
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: compiled.append(self))
     model = tiny()
     forward, loss = faster(model, compiling=True)
     assert compiled == list(forward.model.layers) and loss is chunked_loss
@@ -113,8 +113,8 @@ def test_prefetched_batches_come_in_any_order_and_raise_where_they_belong():
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_blocks_of_the_size_gpu_compile_into_few_graphs_without_breaks(lora):
-    """With the batches of that size, which have some hundred lengths, for a narrow model: one graph for
-    the first length, another for all others. The backend only counts."""
+    """With the batches of that size, which have some hundred lengths, for a narrow model: one graph.
+    Adapters take two, since nothing before the first block is trained. The backend only counts."""
     recipe = SIZES["gpu"].stories
     texts = stages.training_texts(replace(recipe, stories=1024))
     tokenizer = Tokenizer.train(texts, recipe.model.vocab_size, stages.SPECIAL_TOKENS)
@@ -133,9 +133,9 @@ def test_blocks_of_the_size_gpu_compile_into_few_graphs_without_breaks(lora):
     torch._dynamo.utils.counters.clear()
     twin = twin_of(model, FusedBlock)
     for block in twin.model.layers:
-        block.compile(backend=count)
+        block.compile(backend=count, dynamic=True)
     for i in range(20):
         token_loss(twin, *rows[i], "bf16").backward()
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
     torch.compiler.reset()
-    assert len(graphs) <= 3 and breaks == 0
+    assert len(graphs) == 1 + lora and breaks == 0
