@@ -1,4 +1,5 @@
-"""Train a LLaMA on the story world and tune it to talk, or train one on your own text, and show what it learnt."""
+"""Train a LLaMA on the story world and tune it to talk, or train one on your own text, and show
+what it learned."""
 import argparse
 import sys
 import zlib
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 from minillm.arc import scorecard, sizes, stages
+from minillm.arc.cache import Stage
 from minillm.data import ENDOFTEXT
 from minillm.fast_decode import FastDecoder
 from minillm.generate import stream
@@ -19,61 +21,76 @@ from minillm.sft import answer_room, encode_prompt
 ANSWER = 400      # tokens that an answer may have: a story and some more
 
 
-def arc():
-    """Every stage of the course's model, one after another, each with its row of the scorecard."""
+def arc() -> None:
+    """Build every stage of the course's model, one after another, each with its row of the
+    scorecard."""
     base = stages.base()
     print(f"After training it writes:\n{stages.samples(base.model, base.tokenizer, 10)}\n")
-    rows = [scorecard.bounds(base.setting)[1], scorecard.score("base", base.model, base.tokenizer, setting=base.setting)]
+    rows = [scorecard.bounds(base.setting)[1],
+            scorecard.score("base", base.model, base.tokenizer, setting=base.setting)]
     print(scorecard.table(rows))
     chat = stages.chat()
     for name in "chat", "lora", "dpo", "int8":
         stage = getattr(stages, name)()
-        rows.append(scorecard.score(name, stage.model, stage.tokenizer, None if name == "chat" else chat.model, base.setting))
+        before = None if name == "chat" else chat.model
+        rows.append(scorecard.score(name, stage.model, stage.tokenizer, before, base.setting))
         print(scorecard.table(rows))
-    print(f'{scorecard.LEGEND}\n\nTalk with it: python -m minillm chat')
+    print(f"{scorecard.LEGEND}\n\nTalk with it: python -m minillm chat")
 
 
-def own_text(paths):
-    """A base model of the reader's own files."""
+def own_text(paths: list[str]) -> None:
+    """Train a base model on the reader's own files, and show what it learned."""
     stage = stages.from_files(paths)
     print(f"After training it writes:\n{stages.samples(stage.model, stage.tokenizer, 3)}\n")
-    print(f"Held-out text: {scorecard.bits_per_byte(stage.model, stage.heldout, stage.tokenizer):.4f} bits per byte")
+    bits = scorecard.bits_per_byte(stage.model, stage.heldout, stage.tokenizer)
+    print(f"Held-out text: {bits:.4f} bits per byte")
 
 
-def answer(stage, messages, seed=0):
-    """Print the answer to a dialogue while it is generated; returns it. Raises ValueError if it leaves no room."""
+def answer(stage: Stage, messages: list[dict[str, str]], seed: int = 0) -> str:
+    """Print the answer to a dialogue while it is generated; returns it.
+
+    Raises ValueError if the dialogue leaves no room for an answer.
+    """
     ids, text = encode_prompt(messages, stage.tokenizer), ""
-    room, end = min(ANSWER, answer_room(ids, stage.model)), stage.tokenizer.special_tokens[ENDOFTEXT]
+    room = min(ANSWER, answer_room(ids, stage.model))
+    end = stage.tokenizer.special_tokens[ENDOFTEXT]
     ids = torch.tensor([ids], device=stages.device())
-    for piece in stream(FastDecoder(stage.model), stage.tokenizer, ids, room, stop=end, temperature=0.5, seed=seed):
+    for piece in stream(FastDecoder(stage.model), stage.tokenizer, ids, room, stop=end,
+                        temperature=0.5, seed=seed):
         print(piece, end="", flush=True)
         text += piece
     print()
     return text
 
 
-def chat(prompt):
-    """Talk with the newest stage, or answer one prompt. What is lacking is built first; its progress goes to stderr."""
+def chat(prompt: str | None) -> None:
+    """Talk with the newest stage, or answer one prompt. Stages that are missing are built first;
+    their progress goes to stderr."""
     if prompt is not None and not prompt.strip():
         raise ValueError("the prompt is empty")
     with redirect_stdout(sys.stderr):
         stage = stages.dpo()
     if prompt is not None:
-        answer(stage, [{"role": "user", "content": prompt}], seed=zlib.crc32(prompt.encode()))      # each its own story, always the same
+        # Each prompt has a story of its own, which is always the same.
+        seed = zlib.crc32(prompt.encode())
+        answer(stage, [{"role": "user", "content": prompt}], seed)
         return
-    print('Try "Tell a story about a shy alpaca and a kite.", then "Who has the kite?" An empty line ends the talk.')
+    print('Try "Tell a story about a shy alpaca and a kite.", then "Who has the kite?" '
+          "An empty line ends the talk.")
     messages = []
     while line := ask().strip():
         messages.append({"role": "user", "content": line})
         try:
-            messages.append({"role": "assistant", "content": answer(stage, messages, seed=len(messages)) or "..."})
+            reply = answer(stage, messages, seed=len(messages)) or "..."
         except ValueError as error:
             print(f"({error}. The talk begins anew.)")
             messages = []
+        else:
+            messages.append({"role": "assistant", "content": reply})
 
 
-def ask():
-    """A line from the terminal; the end of the input is an empty one."""
+def ask() -> str:
+    """A line from the terminal; at the end of the input, an empty one."""
     try:
         return input("> ")
     except EOFError:
@@ -81,26 +98,31 @@ def ask():
         return ""
 
 
-def export(folder, gguf=None):
-    """Write the newest stage to FOLDER as files that transformers opens, with --gguf llama.cpp, too. What is lacking is built first."""
+def export(folder: str, gguf: str | None = None) -> None:
+    """Write the newest stage to FOLDER as files that transformers opens, with --gguf llama.cpp,
+    too. Stages that are missing are built first."""
     if not folder:
         raise ValueError("the name of the folder is empty")
     folder = Path(folder)
-    for path in (folder, *folder.parents):      # said at once, not after minutes of building
+    for path in (folder, *folder.parents):       # said at once, not after minutes of building
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: name a folder")
     with redirect_stdout(sys.stderr):
         stage = stages.dpo()
     save_pretrained(stage.model, stage.tokenizer, folder)
-    print(f"{folder}: open it with transformers' AutoModelForCausalLM and AutoTokenizer, or minillm.hub.from_pretrained")
+    print(f"{folder}: open it with transformers' AutoModelForCausalLM and AutoTokenizer, "
+          "or minillm.hub.from_pretrained")
     if gguf:
-        save_gguf(stage.model, stage.tokenizer, folder / f"minillm-{gguf}.gguf", gguf)
-        print(f"{folder / f'minillm-{gguf}.gguf'}: open it with llama.cpp")
+        path = folder / f"minillm-{gguf}.gguf"
+        save_gguf(stage.model, stage.tokenizer, path, gguf)
+        print(f"{path}: open it with llama.cpp")
 
 
-def serve(host, port):
-    """Talk with the newest stage in a browser, or from any program that speaks to OpenAI's interface. What is lacking is built first."""
-    listener = server.listen(host, port)             # what is wrong with the address is said at once, not after minutes of building
+def serve(host: str, port: int) -> None:
+    """Talk with the newest stage in a browser, or from any program that speaks to OpenAI's
+    interface. Stages that are missing are built first."""
+    # What is wrong with the address is said at once, not after minutes of building.
+    listener = server.listen(host, port)
     with redirect_stdout(sys.stderr):
         stage = stages.dpo()
     try:
@@ -109,22 +131,43 @@ def serve(host, port):
         print("\nThe server has ended.")
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m minillm", description=__doc__, epilog="Finished stages are kept in the user's "
-                                     "cache folder, or in the one that MINILLM_CACHE names. Ctrl-C keeps a checkpoint: the same command goes on.")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="learn from these UTF-8 text files instead of the story world")
+EPILOG = ("Finished stages are kept in the user's cache folder, or in the one that MINILLM_CACHE "
+          "names. Ctrl-C keeps a checkpoint: the same command goes on.")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options that are on the command line. Ends the program for wrong ones, and for --help."""
+    parser = argparse.ArgumentParser(prog="python -m minillm", description=__doc__, epilog=EPILOG)
+    parser.add_argument("--text", nargs="+", metavar="FILE",
+                        help="learn from these UTF-8 text files instead of the story world")
     what = parser.add_subparsers(dest="what", metavar="[chat | export | serve]")
-    what.add_parser("chat", help=chat.__doc__).add_argument("--prompt", help="answer this once, on stdout, and end")
+
+    talking = what.add_parser("chat", help=chat.__doc__)
+    talking.add_argument("--prompt", help="answer this once, on stdout, and end")
+
     exporting = what.add_parser("export", help=export.__doc__)
     exporting.add_argument("folder", metavar="FOLDER")
-    exporting.add_argument("--gguf", action="store_true", help="and a GGUF file, minillm-TYPE.gguf, for llama.cpp")
-    exporting.add_argument("--type", choices=("f32", "f16", "q8_0"), help="how the GGUF file holds matrices, in 32, 16 or 8.5 bits a weight; by default f16")
+    exporting.add_argument("--gguf", action="store_true",
+                           help="and a GGUF file, minillm-TYPE.gguf, for llama.cpp")
+    exporting.add_argument("--type", choices=("f32", "f16", "q8_0"),
+                           help="how the GGUF file holds matrices, in 32, 16 or 8.5 bits per "
+                                "weight; by default f16")
+
     serving = what.add_parser("serve", help=serve.__doc__)
-    serving.add_argument("--host", default="127.0.0.1", help="address to listen on, by default %(default)s, this machine only; there is no password")
+    serving.add_argument("--host", default="127.0.0.1",
+                         help="address to listen on, by default %(default)s, this machine only; "
+                              "there is no password")
     serving.add_argument("--port", type=int, default=8000, help="by default %(default)s")
+
     options = parser.parse_args(arguments)
     if options.what == "export" and options.type and not options.gguf:
         exporting.error("--type is that of a GGUF file: add --gguf")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 2 for an error, 130 after Ctrl-C."""
+    options = parse(arguments)
     try:
         sizes.chosen()           # an unknown size is refused before any work
         with joined():
@@ -139,7 +182,9 @@ def main(arguments=None):
             else:
                 arc()
     except KeyboardInterrupt as stopped:
-        print("\nStopped. The same command goes on from the last checkpoint." if stopped.args else "\nStopped.")      # in training, or elsewhere
+        in_training = bool(stopped.args)         # see train: it says at which step
+        goes_on = " The same command goes on from the last checkpoint." if in_training else ""
+        print(f"\nStopped.{goes_on}")
         return 130
     except (ValueError, OSError) as error:
         print(f"minillm: {error}", file=sys.stderr)

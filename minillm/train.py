@@ -22,7 +22,8 @@ from tqdm import tqdm
 from .data import check_batch
 from .optim import AdamW, Muon      # section 07.3 builds them
 # load_checkpoint is here for those who import it from this module
-from .storage.checkpoint import load_checkpoint, resume, save_checkpoint, stop_signal  # noqa: F401
+from .storage.checkpoint import load_checkpoint  # noqa: F401
+from .storage.checkpoint import resume, save_checkpoint, stop_signal
 
 # %% ../notebooks/07_training.ipynb #76cb042f
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor,
@@ -204,7 +205,7 @@ class OneProcess:
 
 ALONE = OneProcess()
 
-
+# %% ../notebooks/07_training.ipynb #5a7940ca
 def train_step(model: nn.Module, micro: list[tuple[Tensor, ...]], optimizer: AdamW, step: int,
                c: TrainConfig, precision: str, loss: Callable = token_loss,
                count: Callable = count_targets, group: OneProcess = ALONE) -> dict[str, float]:
@@ -262,7 +263,7 @@ def train(model: nn.Module, batches, config: TrainConfig, loss: Callable = token
                 raise KeyboardInterrupt(f"stopped after step {step}{saved}")
     return history
 
-
+# %% ../notebooks/07_training.ipynb #fda31a3a
 def progress(c: TrainConfig, done: int) -> tqdm:
     """The progress bar of a run, on stdout, with `done` steps behind it."""
     bar = tqdm(total=c.steps, initial=done, disable=not c.bar, file=sys.stdout, ncols=110,

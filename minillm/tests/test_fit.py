@@ -1,4 +1,5 @@
-"""fit() does what train() does: compiled or by hand, whatever the model, and as far as its head allows."""
+"""fit() does what train() does: compiled or by hand, whatever the model, and as far as its head
+allows."""
 import copy
 from dataclasses import replace
 
@@ -113,8 +114,9 @@ def test_prefetched_batches_come_in_any_order_and_raise_where_they_belong():
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_blocks_of_the_size_gpu_compile_into_few_graphs_without_breaks(lora):
-    """With the batches of that size, which have some hundred lengths, for a narrow model: one graph.
-    Adapters take two, since nothing before the first block is trained. The backend only counts."""
+    """With the batches of that size, which have some hundred lengths, for a narrow model: one
+    graph. Adapters take two, since nothing before the first block is trained. The backend only
+    counts."""
     recipe = SIZES["gpu"].stories
     texts = stages.training_texts(replace(recipe, stories=1024))
     tokenizer = Tokenizer.train(texts, recipe.model.vocab_size, stages.SPECIAL_TOKENS)

@@ -1,4 +1,5 @@
-"""Two processes, started by torchrun, do what one does. Run as a script, this file is what they run."""
+"""Two processes, started by torchrun, do what one does. Run as a script, this file is what they
+run."""
 import os
 import subprocess
 import sys
@@ -18,13 +19,16 @@ from minillm.storage import checkpoint
 from minillm.storage.shared import rank_and_world
 from minillm.train import TrainConfig, backward, token_loss, train
 
-CONFIG = LlamaConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=40)
+CONFIG = LlamaConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48,
+                     max_seq_len=40)
 
 
 def batches():
+    """Of rows of many lengths, so that each process has another number of tokens to learn from."""
     numbers = torch.Generator().manual_seed(0)
-    lengths = torch.randint(2, 30, (64,), generator=numbers).tolist()         # each process has another number of tokens to learn from
-    return Rows([torch.randint(50, (n,), generator=numbers).tolist() for n in lengths], batch_size=6)
+    lengths = torch.randint(2, 30, (64,), generator=numbers).tolist()
+    rows = [torch.randint(50, (n,), generator=numbers).tolist() for n in lengths]
+    return Rows(rows, batch_size=6)
 
 
 def model(seed=0):
@@ -33,15 +37,19 @@ def model(seed=0):
 
 
 def trained(folder, **settings):
-    """The weights after six steps, and the losses. Processes begin with other weights: those of the first count."""
+    """The weights after six steps, and the losses. Processes begin with other weights: those of the
+    first count."""
     m = model(rank_and_world()[0])
-    config = TrainConfig(steps=6, lr=1e-2, warmup=2, bar=True, precision="float32", checkpoint=folder and str(folder), checkpoint_every=2, **settings)
+    config = TrainConfig(steps=6, lr=1e-2, warmup=2, bar=True, precision="float32",
+                         checkpoint=folder and str(folder), checkpoint_every=2, **settings)
     history = train(m, batches(), config, group=Processes())
-    return {n: p.detach() for n, p in m.named_parameters()} | {z: torch.tensor([float(h[z]) for h in history]) for z in ("loss", "tokens")}
+    curves = {z: torch.tensor([float(h[z]) for h in history]) for z in ("loss", "tokens")}
+    return {n: p.detach() for n, p in m.named_parameters()} | curves
 
 
 def gradients(wrap):
-    """After one backward pass: by add_gradients, or by PyTorch's own DistributedDataParallel, which takes the mean of the processes."""
+    """After one backward pass: by add_gradients, or by PyTorch's own DistributedDataParallel, which
+    takes the mean of the processes."""
     m, batch = model(), batches()[0]
     if wrap:
         wrapped, total = DistributedDataParallel(m), (batch[1] != -100).sum()
@@ -62,27 +70,47 @@ def stage(setattr=setattr):
     return {n: p.detach() for n, p in stages.base(bar=False).model.named_parameters()}
 
 
-RUNS = {"adamw": lambda folder: trained(None), "muon": lambda folder: trained(None, muon=2.0), "accumulate": lambda folder: trained(None, accumulate=3),
-        "checkpoint": lambda folder: trained(folder / "steps"), "ours": lambda folder: gradients(False), "ddp": lambda folder: gradients(True)}
+RUNS = {
+    "adamw": lambda folder: trained(None),
+    "muon": lambda folder: trained(None, muon=2.0),
+    "accumulate": lambda folder: trained(None, accumulate=3),
+    "checkpoint": lambda folder: trained(folder / "steps"),
+    "ours": lambda folder: gradients(False),
+    "ddp": lambda folder: gradients(True),
+}
+# How far the weights after six steps at 1e-2 may be from those of one process. Adam divides by the
+# size of a gradient, also of one that is nothing but rounding; Muon rounds to bfloat16 on the way.
+# On one machine we measured 1e-5 and 6e-4, and 0.07 where gradients were not added up.
+FAR, FAR_MUON = 1e-3, 4e-3
+
+
+def run_by_two(script, folder):
+    """Have two processes run a file, for the folder in which they leave their results; returns what
+    they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", script, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    assert done.returncode == 0, done.stderr[-9000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The folder in which two processes left what each run gave, a file a run, and what they printed."""
+    """The folder in which two processes left what each run gave, one file per run and process, and
+    what they printed."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
-    assert done.returncode == 0, done.stderr[-9000:]
-    return folder, done.stdout
+    return folder, run_by_two(__file__, folder)
 
 
 @pytest.mark.parametrize("run", ["adamw", "muon", "accumulate"])
 def test_two_processes_are_one_with_twice_the_batch(two, run):
-    one, limit = RUNS[run](None), 4e-3 if run == "muon" else 2e-4           # Muon rounds to bfloat16 on the way
+    one, limit = RUNS[run](None), FAR_MUON if run == "muon" else FAR
     for rank in "01":
         other = load_file(two[0] / f"{run}{rank}")
+        assert other.keys() == one.keys()
         for name, value in one.items():
-            torch.testing.assert_close(other[name], value, atol=limit, rtol=1e-3, msg=lambda said: f"{run}, process {rank}, {name}: {said}")
+            assert torch.allclose(other[name], value, atol=limit, rtol=1e-3), (rank, name)
 
 
 def test_gradients_are_those_of_ddp(two):
@@ -96,7 +124,8 @@ def test_gradients_are_those_of_ddp(two):
 def test_only_the_first_process_prints_and_writes_checkpoints(two):
     folder, said = two
     assert "process 0 is here" in said and "process 1 is here" not in said
-    assert sorted(p.name for p in (folder / "steps").iterdir()) == ["step-00000004.safetensors", "step-00000006.safetensors"]
+    assert sorted(p.name for p in (folder / "steps").iterdir()) == [
+        "step-00000004.safetensors", "step-00000006.safetensors"]
     went_on = load_file(folder / "again1")
     assert torch.equal(went_on["loss"], load_file(folder / "checkpoint1")["loss"])
 
@@ -106,12 +135,15 @@ def test_a_stage_is_built_by_all_and_written_once(two, monkeypatch):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     monkeypatch.setenv("MINILLM_CACHE", str(two[0] / "alone"))
     for name, value in stage(monkeypatch.setattr).items():
-        torch.testing.assert_close(value, first[name], atol=4e-3, rtol=1e-3)
-    assert [p.name for p in (two[0] / "cache").iterdir() if p.is_dir()] == [p.name for p in (two[0] / "alone").iterdir() if p.is_dir()]
+        torch.testing.assert_close(value, first[name], atol=FAR_MUON, rtol=1e-3)
+    by_two, alone = ([p.name for p in (two[0] / cache).iterdir() if p.is_dir()]
+                     for cache in ("cache", "alone"))
+    assert by_two == alone
 
 
 def test_a_batch_that_cannot_be_shared_alike_is_refused(two):
-    assert (two[0] / "refused1").read_text() == "2 processes cannot share a batch of 5 rows: make batch_size a multiple of 2"
+    assert (two[0] / "refused1").read_text() == (
+        "2 processes cannot share a batch of 5 rows: make batch_size a multiple of 2")
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -119,14 +151,16 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="4 processes on a host with 2 GPUs: start torchrun with --nproc-per-node 2"), joined():
+    said = "4 processes on a host with 2 GPUs: start torchrun with --nproc-per-node 2"
+    with pytest.raises(ValueError, match=said), joined():
         pass
 
 
 def test_alone_nothing_happens():
     batch = batches()[0]
     with joined():
-        assert rank_and_world() == (0, 1) and all(torch.equal(a, b) for a, b in zip(my_rows(batch), batch))
+        assert rank_and_world() == (0, 1)
+        assert all(torch.equal(a, b) for a, b in zip(my_rows(batch), batch))
 
 
 if __name__ == "__main__":
@@ -139,7 +173,8 @@ if __name__ == "__main__":
             checkpoint.replacing = None                     # who writes a file fails
         for name, run in RUNS.items():
             save_file(run(folder), folder / f"{name}{rank}")
-        save_file(trained(folder / "steps"), folder / f"again{rank}")                  # goes on from the last checkpoint: nothing is left to do
+        # This one goes on from the last checkpoint: nothing is left to do.
+        save_file(trained(folder / "steps"), folder / f"again{rank}")
         os.environ["MINILLM_CACHE"] = str(folder / "cache")
         save_file(stage(), folder / f"stage{rank}")
         try:
