@@ -1,11 +1,15 @@
-"""Settings of `pytest` for the whole course: notebooks (run by nbval), doctests and `minillm/tests`."""
+"""Settings of `pytest` for the whole course: notebooks (run by nbval), doctests and the tests."""
 import os
 
 import pytest
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ     # pytest -n 2
-if PARALLEL:                # workers with several threads each would slow each other down many times over
+if PARALLEL:
+    # Workers with several threads each would slow each other down many times over.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the tests and notebooks assert about trained models is about this size, on a GPU, too, where
+# another one is the default.
+os.environ.setdefault("MINILLM_SIZE", "cpu")
 
 failed = {}    # notebook: its first cell that failed
 
@@ -25,9 +29,20 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_modifyitems(items):
-    """In parallel, the last chapter goes first: it needs nearly all stages of the model, and builds them while the other worker does
-    what needs none. The rest of the chapters that start from a stage come last, and find it built."""
-    if PARALLEL:
-        chapters = {item.path for item in items if item.path.suffix == ".ipynb"}
-        staged = {path for path in chapters if "import stages" in path.read_text(encoding="utf-8")}
-        items.sort(key=lambda item: 0 if item.path == max(staged, default=None) else 2 if item.path in staged else 1)
+    """In parallel, the last chapter that starts from a stage goes first, the other such ones last.
+
+    It needs nearly all stages of the model, and builds them while the other worker does what needs
+    none. The rest of the chapters that start from a stage come last, and find it built.
+    """
+    if not PARALLEL:
+        return
+    chapters = {item.path for item in items if item.path.suffix == ".ipynb"}
+    staged = {path for path in chapters if "import stages" in path.read_text(encoding="utf-8")}
+    last = max(staged, default=None)
+
+    def turn(item):
+        if item.path == last:
+            return 0
+        return 2 if item.path in staged else 1
+
+    items.sort(key=turn)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.arc import scorecard
+from minillm.arc import scorecard, sizes, stages
 from minillm.data import ENDOFTEXT
 from minillm.fast_decode import FastDecoder
 from minillm.generate import stream
@@ -15,14 +15,6 @@ from minillm.hub import save_gguf, save_pretrained
 from minillm.parallel import joined
 from minillm.serving import server
 from minillm.sft import answer_room, encode_prompt
-
-try:
-    from minillm.arc import stages
-except ValueError as error:      # MINILLM_SIZE names no size
-    if __name__ != "__main__":
-        raise
-    print(f"minillm: {error}", file=sys.stderr)
-    sys.exit(2)
 
 ANSWER = 400      # tokens that an answer may have: a story and some more
 
@@ -134,6 +126,7 @@ def main(arguments=None):
     if options.what == "export" and options.type and not options.gguf:
         exporting.error("--type is that of a GGUF file: add --gguf")
     try:
+        sizes.chosen()           # an unknown size is refused before any work
         with joined():
             if options.what == "chat":
                 chat(options.prompt)

@@ -13,143 +13,191 @@ import re
 import unicodedata
 import zlib
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .storage.files import replacing
+from .tokenizer import Tokenizer
 
 ENDOFTEXT = "<|endoftext|>"     # stands before the first document and after each
-IGNORE = -100                   # the target of a position that does not count, torch's default ignore_index
+IGNORE = -100       # the target of a position that does not count, torch's default ignore_index
 
 # %% ../notebooks/06_data.ipynb #cd6555f2
-def encode_document(text, tokenizer):
-    "Ids of `text` between two <|endoftext|>. A <|endoftext|> within the text is ordinary text."
+def encode_document(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of `text` between two <|endoftext|>. A <|endoftext|> within the text is ordinary text."""
     if ENDOFTEXT not in tokenizer.special_tokens:
         raise ValueError(f"the tokenizer lacks the special token {ENDOFTEXT}: train it with that")
     end = tokenizer.special_tokens[ENDOFTEXT]
     return [end, *tokenizer.encode(text, disallowed_special=()), end]
 
 # %% ../notebooks/06_data.ipynb #1fa3d4bd
-def clean(text):
-    "`text` in form NFC, with line ends \\n, without control characters, zero-width spaces and spaces at line ends."
-    text = re.sub("\r\n?|[\x85\u2028\u2029]", "\n", unicodedata.normalize("NFC", text))
-    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff]", "", text)
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[^\S\n]+\n", "\n", text)).strip()
+def clean(text: str) -> str:
+    """`text` in form NFC, with line ends \\n and at most one empty line in a row.
+
+    Control characters, zero-width spaces and spaces at line ends are taken out.
+    """
+    text = unicodedata.normalize("NFC", text)
+    text = re.sub("\r\n?|[\x85\u2028\u2029]", "\n", text)                      # every line end
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff]", "", text)       # what one cannot see
+    text = re.sub(r"[^\S\n]+\n", "\n", text)                                   # spaces at line ends
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 # %% ../notebooks/06_data.ipynb #3d5a9afc
-def duplicates(texts):
-    "{i: j}: text i says the same as the earlier text j, but for case and white space."
-    first, found = {}, {}
+def duplicates(texts: Iterable[str]) -> dict[int, int]:
+    """{i: j}: text i says the same as the earlier text j, but for case and white space."""
+    first, found = {}, {}                     # first: the text that had this digest first
     for i, text in enumerate(texts):
-        digest = hashlib.sha256(" ".join(text.casefold().split()).encode()).digest()
-        if (j := first.setdefault(digest, i)) != i:
+        words = " ".join(text.casefold().split())
+        j = first.setdefault(hashlib.sha256(words.encode()).digest(), i)
+        if j != i:
             found[i] = j
     return found
 
 # %% ../notebooks/06_data.ipynb #82f9c719
-def shingles(text, n=5):
-    "The runs of `n` words (Chinese: characters) in `text`, as a set of 32-bit hashes; case and punctuation do not count."
+def shingles(text: str, n: int = 5) -> set[int]:
+    """The runs of `n` words (Chinese: characters) in `text`, as a set of 32-bit hashes.
+
+    Case and punctuation do not count. A text of fewer words is one run.
+    """
     words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text.casefold())
-    return {zlib.crc32(" ".join(words[i:i + n]).encode()) for i in range(max(1, len(words) - n + 1))}
+    starts = range(max(1, len(words) - n + 1))
+    return {zlib.crc32(" ".join(words[i:i + n]).encode()) for i in starts}
 
 # %% ../notebooks/06_data.ipynb #3ed69055
-def near_duplicates(texts, threshold=0.7, bands=32, rows=4):
-    """{i: j}: texts i and j < i share about `threshold` or more of their shingles (Jaccard similarity).
+def near_duplicates(texts: Iterable[str], threshold: float = 0.7, bands: int = 32,
+                    rows: int = 4) -> dict[int, int]:
+    """{i: j}: texts i and j < i share about `threshold` or more of their shingles.
 
-    MinHash (Broder 1997) with bands * rows hash functions; only texts that agree in all rows of a band are compared."""
-    a, b = np.random.default_rng(0).integers(0, 2**64, (2, bands * rows, 1), dtype=np.uint64)
-    signatures, buckets, found = [], defaultdict(list), {}
+    What they share is estimated by MinHash (Broder 1997) with bands * rows hash functions; only
+    texts that agree in all rows of a band are compared.
+    """
+    # Hash function k: the upper half of a[k] * x + b[k] modulo 2**64, with a[k] odd.
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 2**64, (2, bands * rows, 1), dtype=np.uint64)
+    a = a | 1
+    signatures = []                       # of each text: its smallest hash by each function
+    buckets = defaultdict(list)           # a band and what stands in it: the texts that have that
+    found = {}
     for i, text in enumerate(texts):
-        x = np.array([*shingles(text)], dtype=np.uint64)
-        signatures.append(((a | 1) * x + b >> 32).min(axis=1))
-        keys = [(k, part.tobytes()) for k, part in enumerate(signatures[i].reshape(bands, rows))]
-        candidates = sorted({j for key in keys for j in buckets[key]})
-        similar = [j for j in candidates if (signatures[j] == signatures[i]).mean() >= threshold]
+        x = np.array(list(shingles(text)), dtype=np.uint64)
+        hashes = (a * x + b) >> 32                                   # (functions, shingles)
+        signature = hashes.min(axis=1)
+        signatures.append(signature)
+
+        parts = signature.reshape(bands, rows)
+        keys = [(band, part.tobytes()) for band, part in enumerate(parts)]
+        candidates = {j for key in keys for j in buckets[key]}       # agree in a whole band
+        similar = [j for j in candidates if (signatures[j] == signature).mean() >= threshold]
         if similar:
-            found[i] = similar[0]
-        for key in [] if similar else keys:
-            buckets[key].append(i)
+            found[i] = min(similar)
+        else:
+            for key in keys:
+                buckets[key].append(i)
     return found
 
 # %% ../notebooks/06_data.ipynb #29541ab6
-def quality(text):
-    "What speaks against `text`, a list of str: rules after Gopher (Rae et al. 2021, A.1) and C4 (Raffel et al. 2020)."
-    words, lines = text.split(), [line for line in text.splitlines() if line.strip()]
+def quality(text: str) -> list[str]:
+    """What speaks against `text`: the rules that it breaks.
+
+    After Gopher (Rae et al. 2021, A.1) and C4 (Raffel et al. 2020).
+    """
+    words = text.split()
+    lines = [line for line in text.splitlines() if line.strip()]
     if not words:
         return ["empty"]
+    with_letter = [word for word in words if any(map(str.isalpha, word))]
     common = {"the", "be", "to", "of", "and", "that", "have", "with"} & set(text.lower().split())
-    measures = {"words": (len(words), 50, 100_000),
-                "letters per word": (sum(map(len, words)) / len(words), 3, 10),
-                "share of words with a letter": (sum(any(map(str.isalpha, w)) for w in words) / len(words), 0.8, 1),
-                "different common words": (len(common), 2, 8),
-                "# and ... per word": (sum(text.count(s) for s in ("#", "...", "…")) / len(words), 0, 0.1),
-                "share of repeated lines": (1 - len(set(lines)) / len(lines), 0, 0.3),
-                "curly brackets": (text.count("{"), 0, 0)}
-    return [f"{name}: {value:.3g}, outside {low} to {high}" for name, (value, low, high) in measures.items()
-            if not low <= value <= high]
+    marks = text.count("#") + text.count("...") + text.count("…")
+    measures = {                                               # value, least, most
+        "words": (len(words), 50, 100_000),
+        "letters per word": (sum(map(len, words)) / len(words), 3, 10),
+        "share of words with a letter": (len(with_letter) / len(words), 0.8, 1),
+        "different common words": (len(common), 2, 8),
+        "# and ... per word": (marks / len(words), 0, 0.1),
+        "share of repeated lines": (1 - len(set(lines)) / len(lines), 0, 0.3),
+        "curly brackets": (text.count("{"), 0, 0)}
+    return [f"{name}: {value:.3g}, outside {low} to {high}"
+            for name, (value, low, high) in measures.items() if not low <= value <= high]
 
 # %% ../notebooks/06_data.ipynb #bda3252b
-def split_documents(documents, share=0.1):
-    """Two lists of (name, text): for training, and held out. The last `share` (by characters) of each name is held out.
+def split_documents(documents: Iterable[tuple[str, str]],
+                    share: float = 0.1) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Two lists of (name, text): for training, and held out.
 
-    Whole documents, unless one is itself longer than the share: that is cut at the end of a line, or of a word."""
+    Of each name the last `share` (by characters) is held out, in whole documents, unless one is
+    itself longer than the share: that is cut at the end of a line, or of a word.
+    """
     train, heldout = [], []
     for name, group in groupby(documents, key=lambda document: document[0]):
         texts = [text for _, text in group]
         total, start = sum(map(len, texts)), 0
         for text in texts:
-            room = round((1 - share) * total) - start
+            room = round((1 - share) * total) - start        # characters left for training
             if room >= len(text):
                 train.append((name, text))
             elif room <= 0 or len(text) <= share * total:
                 heldout.append((name, text))
             else:
-                cuts = [text.rfind(mark, int(0.95 * room), room) for mark in "\n "]
-                at = next((cut for cut in cuts if cut > 0), room)
+                at = text.rfind("\n", int(0.95 * room), room)
+                if at <= 0:
+                    at = text.rfind(" ", int(0.95 * room), room)
+                if at <= 0:
+                    at = room
                 train.append((name, text[:at]))
                 heldout.append((name, text[at:].lstrip()))
             start += len(text)
     return train, heldout
 
 # %% ../notebooks/06_data.ipynb #b0fcdf03
-def overlap(text, seen, n=8):
-    "The share of the n-word shingles of `text` that are in the set `seen`."
+def overlap(text: str, seen: set[int], n: int = 8) -> float:
+    """The share of the n-word shingles of `text` that are in the set `seen`."""
     own = shingles(text, n)
     return len(own & seen) / len(own)
 
 # %% ../notebooks/06_data.ipynb #892cf258
 class Rows:
-    """Batches of whole documents, one a row, filled up at the right with targets of IGNORE.
+    """Batches of whole documents, one per row, padded at the right with targets of IGNORE.
 
-    documents: lists of token ids, each with its own start and end token. rows[i] -> inputs, targets, int64 (b, t): batch i
-    of an endless sequence that goes through all documents, in another order each epoch, and depends on the seed only, so
-    that i is all there is to know to resume. Documents of like length share a batch, so that little is filled up."""
-    def __init__(self, documents, batch_size, seed=0):
+    documents: lists of token ids, each with its own start and end token.
+    rows[i] -> inputs, targets, int64 (b, t): batch i of an endless sequence that goes through all
+    documents in another order each epoch. It depends on the seed and i only, so i is all one has
+    to know to resume. Documents of similar length share a batch, so there is little padding.
+    """
+
+    def __init__(self, documents: Sequence[list[int]], batch_size: int, seed: int = 0) -> None:
         if len(documents) < batch_size:
             raise ValueError(f"batch_size={batch_size} is more than the {len(documents)} documents")
         if short := [i for i, document in enumerate(documents) if len(document) < 2]:
-            raise ValueError(f"document {short[0]} has {len(documents[short[0]])} token(s): it takes 2 to have a target")
-        self.documents, self.batch_size, self.seed, self.epoch = documents, batch_size, seed, None
+            raise ValueError(f"document {short[0]} has {len(documents[short[0]])} token(s): "
+                             "it takes 2 to have a target")
+        self.documents, self.batch_size, self.seed = documents, batch_size, seed
+        self.epoch, self.batches = None, []         # the latest plan, kept for the next batch
 
-    def plan(self, epoch):
-        "The batches of an epoch: shuffle, sort by length within pools of 32 batches, cut, shuffle the batches."
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch, each as the indices of its documents."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.documents))
+        batches, pool_size = [], 32 * self.batch_size
+        for start in range(0, len(order), pool_size):
+            pool = sorted(order[start:start + pool_size], key=lambda j: len(self.documents[j]))
+            for first in range(0, len(pool) - self.batch_size + 1, self.batch_size):
+                batches.append(pool[first:first + self.batch_size])
+        return [batches[k] for k in rng.permutation(len(batches))]
+
+    def chosen(self, i: int) -> list[int]:
+        """The indices of the documents that make up batch i."""
+        per_epoch = len(self.documents) // self.batch_size
+        epoch, place = divmod(i, per_epoch)
         if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            order, size = rng.permutation(len(self.documents)), self.batch_size
-            pools = [order[i:i + 32 * size] for i in range(0, len(order), 32 * size)]
-            pools = [sorted(pool, key=lambda j: len(self.documents[j])) for pool in pools]
-            batches = [pool[i:i + size] for pool in pools for i in range(0, len(pool) - size + 1, size)]
-            self.epoch, self.batches = epoch, [batches[i] for i in rng.permutation(len(batches))]
-        return self.batches
+            self.epoch, self.batches = epoch, self.plan(epoch)
+        return self.batches[place]
 
-    def chosen(self, i):
-        "The indices of the documents that make up batch i."
-        n = len(self.plan(self.epoch or 0))
-        return self.plan(i // n)[i % n]
-
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         rows = [self.documents[j] for j in self.chosen(i)]
         ids = torch.full((len(rows), max(map(len, rows))), IGNORE)
         for row, document in zip(ids, rows):
@@ -158,33 +206,45 @@ class Rows:
 
 # %% ../notebooks/06_data.ipynb #8fd84589
 class Windows:
-    """Batches of random windows of one long array of token ids (a memmap, where it is larger than memory).
+    """Batches of random windows of one long array of token ids (a memmap if memory is too small).
 
-    windows[i] -> inputs, targets, int64 (batch_size, length); depends on the seed and i only."""
-    def __init__(self, ids, batch_size, length, seed=0):
+    windows[i] -> inputs, targets, int64 (batch_size, length); depends on the seed and i only.
+    """
+
+    def __init__(self, ids: np.ndarray, batch_size: int, length: int, seed: int = 0) -> None:
         if len(ids) <= length:
-            raise ValueError(f"a window of {length} tokens needs more than the {len(ids)} tokens there are")
+            raise ValueError(f"a window of {length} tokens needs more than the "
+                             f"{len(ids)} tokens there are")
         self.ids, self.batch_size, self.length, self.seed = ids, batch_size, length, seed
 
-    def __getitem__(self, i):
-        starts = np.random.default_rng((self.seed, i)).integers(0, len(self.ids) - self.length, self.batch_size)
-        ids = torch.from_numpy(np.stack([self.ids[s:s + self.length + 1] for s in starts]).astype(np.int64))
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((self.seed, i))
+        starts = rng.integers(0, len(self.ids) - self.length, self.batch_size)
+        windows = np.stack([self.ids[start:start + self.length + 1] for start in starts])
+        ids = torch.from_numpy(windows.astype(np.int64))
         return ids[:, :-1], ids[:, 1:]
 
 # %% ../notebooks/06_data.ipynb #6d06bfa2
-def check_batch(inputs, targets, vocab_size):
-    "Raises TypeError or ValueError unless both are int64 (b, t), with ids below `vocab_size`, and some target counts."
+def check_batch(inputs: Tensor, targets: Tensor, vocab_size: int) -> None:
+    """Raises TypeError or ValueError unless one can train on this batch.
+
+    Both must be int64 (b, t) with ids below `vocab_size`, and some target must count.
+    """
     for name, ids, low in ("inputs", inputs, 0), ("targets", targets, IGNORE):
         if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor, got {getattr(ids, 'dtype', type(ids).__name__)}")
+            raise TypeError(f"{name} must be an int64 tensor, "
+                            f"got {getattr(ids, 'dtype', type(ids).__name__)}")
         if ids.ndim != 2 or ids.numel() == 0:
-            raise ValueError(f"{name} must have the shape (batch, time), both at least 1, got {tuple(ids.shape)}")
+            raise ValueError(f"{name} must have the shape (batch, time), both at least 1, "
+                             f"got {tuple(ids.shape)}")
         wrong = ids[((ids < 0) & (ids != low)) | (ids >= vocab_size)]
         if len(wrong):
-            raise ValueError(f"{name} hold the id {wrong[0]}, but the vocabulary has the ids 0 to {vocab_size - 1}: "
+            raise ValueError(f"{name} hold the id {wrong[0]}, "
+                             f"but the vocabulary has the ids 0 to {vocab_size - 1}: "
                              "were they encoded by another tokenizer?")
     if inputs.shape != targets.shape:
-        raise ValueError(f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} must have one shape")
+        raise ValueError(f"inputs {tuple(inputs.shape)} and "
+                         f"targets {tuple(targets.shape)} must have one shape")
     if (targets == IGNORE).all():
         raise ValueError(f"every target is {IGNORE}, so the loss would be 0 / 0")
 
@@ -192,44 +252,56 @@ def check_batch(inputs, targets, vocab_size):
 HEADER = 256        # bytes before the ids: JSON that says what they are
 
 
-def fingerprint(tokenizer):
-    "A number that differs between tokenizers."
+def fingerprint(tokenizer: Tokenizer) -> int:
+    """A number that differs between tokenizers."""
     return zlib.crc32(repr((sorted(tokenizer.vocab.items()), tokenizer.pattern)).encode())
 
 
-def write_tokens(path, documents, tokenizer):
-    """Encodes `documents` (an iterable of str), one by one, into a file for `read_tokens`; returns the number of tokens.
+def write_tokens(path: str | Path, documents: Iterable[str], tokenizer: Tokenizer) -> int:
+    """Encodes `documents`, one by one, into a file for `read_tokens`; returns the number of tokens.
 
-    The file appears under its name when it is whole. uint16, or uint32 from 65,536 tokens in the vocabulary on."""
-    dtype, crc, n = "<u2" if tokenizer.n_vocab < 2**16 else "<u4", 0, 0
+    The file appears under its name when it is whole. An id takes two bytes (uint16), or four
+    (uint32) if the vocabulary has 65,536 tokens or more.
+    """
+    dtype = "<u2" if tokenizer.n_vocab < 2**16 else "<u4"
+    crc = n = 0
     with replacing(path) as file:
         file.write(bytes(HEADER))
         for text in documents:
-            ids = np.array(encode_document(text, tokenizer)[n > 0:], dtype)   # one <|endoftext|> between two documents
-            crc, n = zlib.crc32(ids, crc), n + len(ids)
+            ids = encode_document(text, tokenizer)
+            if n > 0:
+                ids = ids[1:]                # one <|endoftext|> between two documents
+            ids = np.array(ids, dtype)
+            crc = zlib.crc32(ids, crc)
+            n += len(ids)
             file.write(ids)
         if n == 0:
             raise ValueError(f"no document to write to {path}")
-        header = {"minillm": "tokens", "dtype": dtype, "tokens": n, "crc32": crc, "tokenizer": fingerprint(tokenizer)}
+        header = {"minillm": "tokens", "dtype": dtype, "tokens": n, "crc32": crc,
+                  "tokenizer": fingerprint(tokenizer)}
         file.seek(0)
         file.write(json.dumps(header).ljust(HEADER).encode())
     return n
 
 # %% ../notebooks/06_data.ipynb #d7622658
-def read_tokens(path, tokenizer=None):
+def read_tokens(path: str | Path, tokenizer: Tokenizer | None = None) -> np.memmap:
     """The ids in a file of `write_tokens` as an array that stays on disk (memmap).
 
-    Raises ValueError if the file is damaged or of another kind, or was written with another tokenizer than `tokenizer`."""
+    Raises ValueError if the file is damaged or of another kind, or was written with another
+    tokenizer than `tokenizer`.
+    """
     try:
         with open(path, "rb") as file:
-            header, crc = json.loads(file.read(HEADER)), 0
+            header = json.loads(file.read(HEADER))
+            crc = 0
             while block := file.read(2**16):
                 crc = zlib.crc32(block, crc)
         if crc != header["crc32"]:
             raise ValueError("the checksum does not fit the content")
         ids = np.memmap(path, header["dtype"], "r", HEADER, (header["tokens"],))
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged or no file of write_tokens ({e}): write it again") from None
+        raise ValueError(f"{path} is damaged or no file of write_tokens ({e}): "
+                         "write it again") from None
     if tokenizer and header["tokenizer"] != fingerprint(tokenizer):
         raise ValueError(f"{path} was written with another tokenizer: write it again with this one")
     return ids

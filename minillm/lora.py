@@ -10,15 +10,19 @@ __all__ = ['TARGETS', 'PREFIX', 'OTHER_KINDS', 'check_rank', 'LoraLinear', 'chec
 # %% ../notebooks/12_lora.ipynb #e31e7b70
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../notebooks/12_lora.ipynb #b3a8f465
-def check_rank(rank, alpha):
-    """Raises TypeError unless rank is an int, ValueError unless it is at least 1 and alpha a positive number."""
+def check_rank(rank: int, alpha: float) -> None:
+    """Raises an error unless an adapter can have this rank and this alpha.
+
+    TypeError unless rank is an int, ValueError unless it is at least 1 and alpha a positive number.
+    """
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise TypeError(f"rank must be an int: got {rank!r}")
     if rank < 1:
@@ -28,26 +32,26 @@ def check_rank(rank, alpha):
 
 # %% ../notebooks/12_lora.ipynb #c933e874
 class LoraLinear(nn.Module):
-    """linear(x) + alpha / rank * B A x, with linear frozen, A (rank, in) random, B (out, rank) zero (Hu et al. 2021, section 4.1).
+    """linear(x) + alpha / rank * B A x (Hu et al. 2021, section 4.1). Raises as check_rank.
 
-    Raises as check_rank.
+    linear is frozen, A (rank, in) random as in peft (nn.Linear's own start), B (out, rank) zero.
     """
 
-    def __init__(self, linear, rank, alpha):
+    def __init__(self, linear: nn.Module, rank: int, alpha: float):
         super().__init__()
         check_rank(rank, alpha)
         self.base_layer, self.rank, self.alpha = linear.requires_grad_(False), rank, alpha
         self.in_features, self.out_features = linear.in_features, linear.out_features
         like = {"bias": False, "device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.lora_A = nn.Linear(self.in_features, rank, **like)      # uniform in +-1/sqrt(in): nn.Linear's own, and peft's
+        self.lora_A = nn.Linear(self.in_features, rank, **like)     # uniform in +-1/sqrt(in)
         self.lora_B = nn.Linear(rank, self.out_features, **like)
         nn.init.zeros_(self.lora_B.weight)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         return self.base_layer(x) + self.alpha / self.rank * self.lora_B(self.lora_A(x))
 
-    def update(self):
+    def update(self) -> Tensor:
         """alpha / rank * B A (out, in): what the adapter adds to the weight."""
         return self.alpha / self.rank * self.lora_B.weight @ self.lora_A.weight
 
@@ -55,48 +59,56 @@ class LoraLinear(nn.Module):
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def check_linear(model, name, module):
-    """The linear layer that an adapter on `module` goes around. Raises ValueError as find_targets."""
-    weights = [id(p) for m in model.modules() for p in m._parameters.values()]     # parameters() would list a shared tensor once
+def check_linear(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The linear layer that an adapter on `module` goes around. Raises as find_targets."""
+    # Each layer's own list of weights, since model.parameters() names a shared tensor only once.
+    weights = [id(p) for m in model.modules() for p in m._parameters.values()]
     if any(weights.count(id(p)) > 1 for p in module.parameters()):
-        raise ValueError(f"{name} shares its weight with another layer (tied embeddings): merging would change both")
+        raise ValueError(f"{name} shares its weight with another layer (tied embeddings): "
+                         "merging would change both")
     if not hasattr(module, "in_features"):
         raise ValueError(f"{name} is {type(module).__name__}, but LoRA needs a linear layer")
     return module.base_layer if isinstance(module, LoraLinear) else module
 
 
-def find_targets(model, targets):
-    """{name: linear layer} of the layers whose last name is in targets; of a layer that has LoRA, the frozen one.
+def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """{name: linear layer} of the layers whose last name is in targets.
 
-    Raises ValueError, naming the target, if it does not exist, is not linear, or shares its weight with another layer.
+    Of a layer that has LoRA, it is the frozen one. Raises ValueError, naming the target, if it does
+    not exist, is not linear, or shares its weight with another layer.
     """
     if isinstance(targets, str) or not targets:
-        raise ValueError(f"targets must be a list of names such as {list(TARGETS[:2])}: got {targets!r}")
+        raise ValueError(f"targets must be a list of names such as {list(TARGETS[:2])}: "
+                         f"got {targets!r}")
     last = {n: n.rpartition(".")[2] for n, _ in model.named_modules()}
     for target in targets:
         if target not in last.values():
             names = {last[n] for n, m in model.named_modules() if hasattr(m, "in_features")}
-            raise ValueError(f"the model has no layer {target!r}: its linear layers are called {', '.join(sorted(names))}")
+            raise ValueError(f"the model has no layer {target!r}: "
+                             f"its linear layers are called {', '.join(sorted(names))}")
     return {n: check_linear(model, n, m) for n, m in model.named_modules() if last[n] in targets}
 
 # %% ../notebooks/12_lora.ipynb #352aabe8
-def refuse_lora(model):
+def refuse_lora(model: nn.Module) -> None:
     """Raises ValueError if the model has LoRA."""
     if any(isinstance(m, LoraLinear) for m in model.modules()):
         raise ValueError("the model has LoRA already: call merge_lora or remove_lora first")
 
 
-def replace_module(model, name, new):
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the module with this full name."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, new)
 
 
-def add_lora(model, rank, alpha, targets=TARGETS):
-    """Put a LoraLinear around each layer whose last name is in targets, in place, and freeze all else; returns the model.
+def add_lora(model: nn.Module, rank: int, alpha: float,
+             targets: Sequence[str] = TARGETS) -> nn.Module:
+    """Put a LoraLinear around each layer whose last name is in targets; returns the model.
 
-    Its outputs do not change, since every B is zero. Raises ValueError, before anything is changed, for a rank below 1, alpha
-    not above 0, an unknown target, one that is not linear or shares its weight (tied embeddings), and for a model with LoRA.
+    The model is changed in place, and all else in it is frozen. Its outputs do not change, since
+    every B is zero. Raises ValueError, before anything is changed, for a rank below 1, alpha not
+    above 0, an unknown target, one that is not linear or shares its weight (tied embeddings), and
+    for a model with LoRA.
     """
     check_rank(rank, alpha)
     refuse_lora(model)
@@ -107,29 +119,36 @@ def add_lora(model, rank, alpha, targets=TARGETS):
     return model
 
 # %% ../notebooks/12_lora.ipynb #72d71ef1
-def lora_layers(model):
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """{name: LoraLinear} of a model, in order. Raises ValueError if there is none."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
     if not layers:
-        raise ValueError("the model has no LoRA: call add_lora(model, rank, alpha) first (is it merged already?)")
+        raise ValueError("the model has no LoRA: call add_lora(model, rank, alpha) first "
+                         "(is it merged already?)")
     return layers
 
 
 @torch.no_grad()
-def merge_lora(model):
-    """Add alpha / rank * B A to each weight and take the adapter off, in place; returns the model, all of it trainable again.
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Add alpha / rank * B A to each weight and take the adapter off, in place; returns the model.
 
-    Raises ValueError if there is no LoRA: a second merge would find nothing to add.
+    All of it is trainable again. Raises ValueError if there is no LoRA: a second merge would find
+    nothing to add.
     """
     for name, layer in lora_layers(model).items():
-        linear = layer.base_layer if isinstance(layer.base_layer, nn.Linear) else layer.base_layer.unpacked()
+        linear = layer.base_layer
+        if not isinstance(linear, nn.Linear):           # a base in fewer bits: NF4Linear, below
+            linear = linear.unpacked()
         linear.weight += layer.update()
         replace_module(model, name, linear)
     return model.requires_grad_(True)
 
 
-def remove_lora(model):
-    """Take the adapters off, in place: the base as it was, trainable again. Raises ValueError if there is none."""
+def remove_lora(model: nn.Module) -> nn.Module:
+    """Take the adapters off, in place: the base as it was, trainable again; returns the model.
+
+    Raises ValueError if there is none.
+    """
     for name, layer in lora_layers(model).items():
         replace_module(model, name, layer.base_layer)
     return model.requires_grad_(True)
@@ -138,14 +157,22 @@ def remove_lora(model):
 PREFIX = "base_model.model."        # peft's wrapper around the model
 
 
-def lora_state_dict(model):
-    """The adapter alone, {name: tensor}, with the names of peft. Raises ValueError if the model has no LoRA."""
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter alone, {name: tensor}, with the names of peft.
+
+    Raises ValueError if the model has no LoRA.
+    """
     lora_layers(model)
-    return {PREFIX + n: p.detach().clone() for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n}
+    return {PREFIX + n: p.detach().clone() for n, p in model.named_parameters()
+            if ".lora_A." in n or ".lora_B." in n}
 
 
-def lora_shapes(model, rank, targets=TARGETS):
-    """{name: shape} of the adapter that add_lora(model, rank, alpha, targets) makes. Raises as find_targets."""
+def lora_shapes(model: nn.Module, rank: int,
+                targets: Sequence[str] = TARGETS) -> dict[str, tuple[int, int]]:
+    """{name: shape} of the adapter that add_lora(model, rank, alpha, targets) makes.
+
+    Raises as find_targets.
+    """
     shapes = {}
     for name, linear in find_targets(model, targets).items():
         shapes[f"{PREFIX}{name}.lora_A.weight"] = (rank, linear.in_features)
@@ -153,49 +180,65 @@ def lora_shapes(model, rank, targets=TARGETS):
     return shapes
 
 # %% ../notebooks/12_lora.ipynb #75c4d9a6
-def save_adapter(model, folder):
-    """Write adapter_config.json and adapter_model.safetensors into folder, as peft does. Raises ValueError if there is no LoRA."""
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into folder, as peft does.
+
+    Raises ValueError if there is no LoRA.
+    """
     layers, folder = lora_layers(model), Path(folder)
     first = next(iter(layers.values()))
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": first.rank, "lora_alpha": first.alpha,
-              "target_modules": sorted({n.rpartition(".")[2] for n in layers}), "bias": "none", "lora_dropout": 0.0}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file({n: p.cpu() for n, p in lora_state_dict(model).items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM",
+              "r": first.rank, "lora_alpha": first.alpha,
+              "target_modules": sorted({n.rpartition(".")[2] for n in layers}),
+              "bias": "none", "lora_dropout": 0.0}
+    text = json.dumps(config, indent=2)
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    state = {n: p.cpu() for n, p in lora_state_dict(model).items()}
+    save_file(state, folder / "adapter_model.safetensors", {"format": "pt"})
 
 # %% ../notebooks/12_lora.ipynb #54e7537d
-def check_adapter(state, shapes):
-    """Raises ValueError, naming the first tensor that differs, unless state has exactly these names and shapes."""
+def check_adapter(state: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> None:
+    """Raises ValueError, naming the first tensor that differs, unless state has these shapes.
+
+    shapes: {name: shape}; none may be missing, and none too many.
+    """
     for name in [*shapes, *state]:
-        here, there = shapes.get(name, "missing"), tuple(state[name].shape) if name in state else "missing"
+        here = shapes.get(name, "missing")
+        there = tuple(state[name].shape) if name in state else "missing"
         if here != there:
-            raise ValueError(f"the adapter does not fit: {name} is {here} in the model, {there} in the adapter")
+            raise ValueError(f"the adapter does not fit: {name} is {here} in the model, "
+                             f"{there} in the adapter")
 
 
 @torch.no_grad()
-def load_lora(model, state):
-    """Copy an adapter (lora_state_dict) into a model with LoRA of the same rank and targets; returns the model.
+def load_lora(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """Copy an adapter (lora_state_dict) into a model that has LoRA; returns the model.
 
-    Raises ValueError, before anything is changed, if a tensor is missing, too many or of another shape.
+    Rank and targets must be the same. Raises ValueError, before anything is changed, if a tensor is
+    missing, too many or of another shape.
     """
     lora_layers(model)
-    params = {PREFIX + n: p for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n}
+    params = {PREFIX + n: p for n, p in model.named_parameters()
+              if ".lora_A." in n or ".lora_B." in n}
     check_adapter(state, {n: tuple(p.shape) for n, p in params.items()})
     for name, p in params.items():
         p.copy_(state[name])
     return model
 
 # %% ../notebooks/12_lora.ipynb #61dcd84a
-OTHER_KINDS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out")
+OTHER_KINDS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save",
+               "layers_to_transform", "fan_in_fan_out")
 
 
-def load_adapter(model, folder):
-    """Put the adapter of a folder, ours or peft's, on a model, in the place of one that it has; returns the model.
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put the adapter of a folder, ours or peft's, on a model, in place of any; returns it.
 
-    Raises ValueError, before anything is changed, if it does not fit, or is of a kind that LoraLinear does not compute.
+    Raises ValueError, before anything is changed, if it does not fit or is not plain LoRA.
     """
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or any(config.get(k) for k in OTHER_KINDS):
+    plain = config["peft_type"] == "LORA" and config.get("bias", "none") == "none"
+    if not plain or any(config.get(k) for k in OTHER_KINDS):
         other = {k: config[k] for k in ("peft_type", "bias", *OTHER_KINDS) if config.get(k)}
         raise ValueError(f"{Path(folder).name} is not a plain LoRA adapter: it has {other}")
     rank, alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]

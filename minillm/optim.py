@@ -8,32 +8,37 @@ __all__ = ['AdamW', 'orthogonalize', 'Muon']
 import math
 
 import torch
-
-from .parallel import share_of, whole
+from torch import Tensor, nn
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), for what is trainable in a model.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), for what is
+    trainable in a model.
 
-    Matrices decay, vectors (the gains of the norms) do not. m[name] and v[name] have the shape of the parameter.
+    Matrices decay, vectors (the gains of the norms) do not. m[name] and v[name] have the shape of
+    the parameter.
     """
 
-    def __init__(self, model, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
+    def __init__(self, model: nn.Module, betas: tuple[float, float] = (0.9, 0.95),
+                 eps: float = 1e-8, weight_decay: float = 0.1):
         self.betas, self.eps, self.weight_decay, self.t = betas, eps, weight_decay, 0
-        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}       # a tied weight comes once
+        # A tied weight comes once.
+        self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.m = {n: torch.zeros_like(p) for n, p in self.params.items()}
         self.v = {n: torch.zeros_like(p) for n, p in self.params.items()}
 
     @torch.no_grad()
-    def step(self, lr):
+    def step(self, lr: float) -> None:
         """Move each parameter that has a gradient, and drop the gradient."""
         self.t += 1
         names = [n for n, p in self.params.items() if p.grad is not None]
-        (self.fused if self.params and next(iter(self.params.values())).is_cuda else self.move)(names, lr)
+        on_gpu = any(self.params[n].is_cuda for n in names)
+        (self.fused if on_gpu else self.move)(names, lr)
         for n in names:
             self.params[n].grad = None
 
-    def move(self, names, lr):
+    def move(self, names: list[str], lr: float) -> None:
+        """One step of the parameters of these names."""
         b1, b2 = self.betas
         for n in names:
             p, m, v = self.params[n], self.m[n], self.v[n]
@@ -41,22 +46,29 @@ class AdamW:
             v.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
             if p.ndim > 1:
                 p.mul_(1 - lr * self.weight_decay)
-            p.addcdiv_(m, (v.sqrt() / math.sqrt(1 - b2**self.t)).add_(self.eps), value=-lr / (1 - b1**self.t))
+            root = (v.sqrt() / math.sqrt(1 - b2**self.t)).add_(self.eps)
+            p.addcdiv_(m, root, value=-lr / (1 - b1**self.t))
 
-    def fused(self, names, lr):
-        """What `move` does, by one kernel for all tensors: on a GPU each small operation would cost its launch."""
+    def fused(self, names: list[str], lr: float) -> None:
+        """What `move` does, by one kernel for all tensors: on a GPU each small operation would cost
+        the time of its launch."""
         for decay, matrix in ((self.weight_decay, True), (0.0, False)):
             some = [n for n in names if (self.params[n].ndim > 1) == matrix]
+            if not some:                     # no adapter has vectors, and Muon leaves few matrices
+                continue
             params, m, v = ([z[n] for n in some] for z in (self.params, self.m, self.v))
-            steps = [torch.tensor(float(self.t), device=p.device) for p in params]
-            if some:                         # no adapter has vectors, and Muon leaves few matrices
-                torch._fused_adamw_(params, [p.grad for p in params], m, v, [], steps, lr=lr, beta1=self.betas[0], beta2=self.betas[1],
-                                    weight_decay=decay, eps=self.eps, amsgrad=False, maximize=False)
+            # Filled on the device: copying a number there would make the GPU wait for Python.
+            step = torch.full((), float(self.t), device=params[0].device)
+            torch._fused_adamw_(
+                params, [p.grad for p in params], m, v, [], [step] * len(some), lr=lr,
+                beta1=self.betas[0], beta2=self.betas[1], weight_decay=decay, eps=self.eps,
+                amsgrad=False, maximize=False)
 
 # %% ../notebooks/07_training.ipynb #915fb170
-def orthogonalize(x):
-    """Push the singular values of each matrix of x (n, o, i) towards 1; float32 (Jordan et al. 2024, "Muon", who take bfloat16)."""
-    x = x.bfloat16() / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)        # float32 from here on: the norm is
+def orthogonalize(x: Tensor) -> Tensor:
+    """Push the singular values of each matrix of x (n, o, i) towards 1; float32 (Jordan et al.
+    2024, "Muon", who take bfloat16)."""
+    x = x.bfloat16() / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)   # float32 again, as the norm is
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     for _ in range(5):                       # x becomes 3.4445 x - 4.7750 s x + 2.0315 s s x
@@ -67,30 +79,40 @@ def orthogonalize(x):
 
 # %% ../notebooks/07_training.ipynb #ab074795
 class Muon(AdamW):
-    """Orthogonalized momentum for the matrices inside the blocks, AdamW for embeddings, head and norms.
+    """Orthogonalized momentum for the matrices inside the blocks, AdamW for embeddings, head and
+    norms.
 
-    scale: the step of these matrices, in spectral norm, as a multiple of lr. Momentum 0.95 in Nesterov's form. The rate of a
-    matrix (o, i) with more rows than columns is larger by sqrt(o / i).
+    scale: the step of these matrices, in spectral norm, as a multiple of lr. Momentum 0.95 in
+    Nesterov's form. The rate of a matrix (o, i) with more rows than columns is larger by sqrt(o /
+    i).
     """
 
-    def __init__(self, model, scale, **settings):
+    def __init__(self, model: nn.Module, scale: float, **settings):
         super().__init__(model, **settings)
-        self.scale, self.groups = scale, {}
+        self.scale, self.shapes = scale, {}                  # {(o, i): names of the matrices}
         for n, p in self.params.items():
             if p.ndim == 2 and ".layers." in n:
-                self.groups.setdefault(p.shape, []).append(n)
+                self.shapes.setdefault(p.shape, []).append(n)
+
+    def orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:
+        """Matrices (o, i) of one shape, orthogonalized: stacked, several are one product."""
+        return list(orthogonalize(torch.stack(matrices)))
 
     @torch.no_grad()
-    def step(self, lr):
+    def step(self, lr: float) -> None:
         """Move each parameter that has a gradient, and drop the gradient."""
-        for (o, i), names in self.groups.items():
+        for (o, i), names in self.shapes.items():
             names = [n for n in names if self.params[n].grad is not None]
-            for n in names:
-                self.m[n].lerp_(self.params[n].grad, 0.05)
-            if names:
-                updates = orthogonalize(torch.stack([whole(self.params[n].grad.lerp(self.m[n], 0.95)) for n in names]))
-            for n, update in zip(names, updates if names else []):
-                p = self.params[n]
-                p.mul_(1 - lr * self.scale * self.weight_decay).sub_(share_of(update, p), alpha=lr * self.scale * max(1, o / i) ** 0.5)
+            if not names:
+                continue
+            # A _foreach function does to all tensors of a list what its name says.
+            params, m = [self.params[n] for n in names], [self.m[n] for n in names]
+            gradients = [p.grad for p in params]
+            torch._foreach_lerp_(m, gradients, 0.05)
+            torch._foreach_lerp_(gradients, m, 0.95)         # Nesterov's look ahead, in place
+            updates = self.orthogonal(gradients)
+            torch._foreach_mul_(params, 1 - lr * self.scale * self.weight_decay)
+            torch._foreach_add_(params, updates, alpha=-lr * self.scale * max(1, o / i) ** 0.5)
+            for p in params:
                 p.grad = None
         super().step(lr)

@@ -4,24 +4,34 @@ import math
 import re
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
 
 from minillm.data import IGNORE, encode_document
 from minillm.fast_decode import FastDecoder
 from minillm.generate import generate
 from minillm.quantize import size_bytes
 from minillm.sft import replies
+from minillm.tokenizer import Tokenizer
 from minillm.train import token_loss
-from minillm.world import Setting, World
-from minillm.world.questions import exams
+from minillm.world import World
+from minillm.world.questions import Question, exams
+from minillm.world.stories import PLAIN, Setting, Story
 from minillm.world.templates import HARBOUR
+
+Asked = list[tuple[list[dict[str, str]], Question]]       # as exams() gives them
 
 
 @torch.no_grad()
-def bits_per_byte(model, texts, tokenizer, batch_size=32):
-    """Bits that the model needs per UTF-8 byte of the texts (each a document, its end included), the unit that does not depend
-    on the tokenizer. Texts longer than max_seq_len are read in pieces that follow each other."""
+def bits_per_byte(model: nn.Module, texts: Sequence[str], tokenizer: Tokenizer,
+                  batch_size: int = 32) -> float:
+    """Bits that the model needs per UTF-8 byte of the texts, each a document with its end.
+
+    This unit does not depend on the tokenizer. Texts longer than max_seq_len are read in pieces
+    that follow each other.
+    """
     model.eval()
     length = model.config.max_seq_len
     pieces = []
@@ -29,12 +39,16 @@ def bits_per_byte(model, texts, tokenizer, batch_size=32):
         ids = encode_document(text, tokenizer)
         pieces += [ids[i:i + length + 1] for i in range(0, len(ids) - 1, length)]
     pieces.sort(key=len)
-    nats = sum(token_loss(model, *padded(pieces[i:i + batch_size], model)).item() for i in range(0, len(pieces), batch_size))
+    batches = [pieces[i:i + batch_size] for i in range(0, len(pieces), batch_size)]
+    nats = sum(token_loss(model, *padded(batch, model)).item() for batch in batches)
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
-def padded(rows, model):
-    """Lists of ids -> inputs and targets, filled up at the right with IGNORE, on the device of the model."""
+def padded(rows: Sequence[list[int]], model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> inputs and targets (b, t), on the device of the model.
+
+    Targets are padded on the right with IGNORE, inputs with 0.
+    """
     ids = torch.full((len(rows), max(map(len, rows))), IGNORE)
     for row, target in zip(rows, ids):
         target[:len(row)] = torch.tensor(row)
@@ -43,16 +57,20 @@ def padded(rows, model):
 
 
 @torch.no_grad()
-def consistency(model, stories, tokenizer, batch_size=32):
-    """Share of stories whose end the model completes exactly: "So now the blue kite" -> " is with Vera, by the river."
+def consistency(model: nn.Module, stories: Sequence[Story], tokenizer: Tokenizer,
+                batch_size: int = 32) -> float:
+    """Share of stories whose end the model completes exactly.
 
-    Greedy decoding gives the answer exactly when each of its tokens is the most likely one after those before it, so that
-    one pass over question and answer tells."""
+    "So now the blue kite" -> " is with Vera, by the river.", for example. Greedy decoding gives the
+    answer exactly when each of its tokens is the most likely one after those before it, so that one
+    pass over question and answer tells.
+    """
     model.eval()
     right = 0
     for i in range(0, len(stories), batch_size):
         batch = stories[i:i + batch_size]
-        inputs, targets = padded([encode_document(s.text, tokenizer)[:-1] for s in batch], model)
+        documents = [encode_document(s.text, tokenizer) for s in batch]
+        inputs, targets = padded([ids[:-1] for ids in documents], model)
         for row, story in enumerate(batch):
             targets[row, :len(encode_document(story.question, tokenizer)) - 2] = IGNORE
         best = model(inputs).argmax(-1)
@@ -60,13 +78,20 @@ def consistency(model, stories, tokenizer, batch_size=32):
     return right / len(stories)
 
 
-def chance(stories):
-    """The consistency of a guess at random: among the characters of the story and none, and the places that it names."""
-    return sum(1 / ((len(s.characters) + 1) * len(set(s.places))) for s in stories) / len(stories)
+def chance(stories: Sequence[Story]) -> float:
+    """The consistency of a guess at random.
+
+    Among the characters of the story and none, and the places that it names.
+    """
+    guesses = [(len(s.characters) + 1) * len(set(s.places)) for s in stories]
+    return sum(1 / n for n in guesses) / len(stories)
 
 
-def last_named(stories):
-    """The consistency of a rule that reads but tracks nothing: the last character and the last place that were named."""
+def last_named(stories: Sequence[Story]) -> float:
+    """The consistency of a rule that reads but tracks nothing.
+
+    It answers with the last character and the last place that were named.
+    """
     right = 0
     for s in stories:
         names = re.findall("|".join(c.name for c in s.characters), s.question)
@@ -74,9 +99,13 @@ def last_named(stories):
     return right / len(stories)
 
 
-def speed(model, tokenizer, new_tokens=64):
-    """Tokens per second of one story being written, the best of three, since whatever else the machine does only adds to the time."""
-    start = torch.tensor([encode_document("", tokenizer)[:1]], device=next(model.parameters()).device)
+def speed(model: nn.Module, tokenizer: Tokenizer, new_tokens: int = 64) -> float:
+    """Tokens per second while the model writes one story.
+
+    The best of three, since whatever else the machine does only adds to the time.
+    """
+    device = next(model.parameters()).device
+    start = torch.tensor([encode_document("", tokenizer)[:1]], device=device)
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
@@ -85,63 +114,105 @@ def speed(model, tokenizer, new_tokens=64):
     return new_tokens / min(seconds)
 
 
-def size_mb(model):
-    """Megabytes (10^6 bytes) of the weights, floats or codes and scales, a shared one counted once."""
+def size_mb(model: nn.Module) -> float:
+    """Megabytes (10^6 bytes) of the weights, floats or codes and scales; shared ones count once."""
     return size_bytes(model) / 1e6
 
 
-def accuracy(model, tokenizer, asked):
-    """Share of questions, pairs of a dialogue and the Question it ends with, whose greedy answer is right."""
+def accuracy(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> float:
+    """Share of questions whose greedy answer is right.
+
+    asked: pairs of a dialogue and the Question it ends with.
+    """
     answers = replies(model, tokenizer, [messages for messages, _ in asked], partial=True)
-    return sum(question.right(answer) for (_, question), (answer,) in zip(asked, answers)) / len(asked)
+    right = [question.right(answer) for (_, question), (answer,) in zip(asked, answers)]
+    return sum(right) / len(asked)
 
 
-def win_rate(model, other, tokenizer, asked, seed=0):
-    """Share of questions to which the model's answer has a greater true reward than that of the other, ties counted half, and
-    half the width of its 95% interval. Both answers are drawn at temperature 1."""
-    drawn = [replies(m, tokenizer, [messages for messages, _ in asked], temperature=1.0, seed=seed, partial=True) for m in (model, other)]
+def win_rate(model: nn.Module, other: nn.Module, tokenizer: Tokenizer, asked: Asked,
+             seed: int = 0) -> tuple[float, float]:
+    """How often the model's answer has a greater true reward than the other's.
+
+    The share of questions, ties counted half, and half the width of its 95% interval. Both answers
+    are drawn at temperature 1.
+    """
+    prompts = [messages for messages, _ in asked]
+    drawn = [replies(m, tokenizer, prompts, temperature=1.0, seed=seed, partial=True)
+             for m in (model, other)]
     results = []
     for (_, question), (a,), (b,) in zip(asked, *drawn):
         a, b = question.reward(a), question.reward(b)
         results.append((a > b) + 0.5 * (a == b))
-    return statistics.mean(results), 1.96 * statistics.stdev(results) / math.sqrt(len(results))
+    half_width = 1.96 * statistics.stdev(results) / math.sqrt(len(results))
+    return statistics.mean(results), half_width
 
 
-LEGEND = """bits/byte: what the model needs per byte of held-out stories; gap: how far that is above the entropy of the world, which no
-model can beat; consistency: share of stories ended right ("So now the blue kite" -> " is with Vera, by the river."); answers:
-share of questions about a story answered right; harbour: the same in another region; wins: how often its answer is better than
-that of the chat model (ties count half). The first row: the entropy, and a guess among what the story names."""
+LEGEND = """\
+bits/byte: what the model needs per byte of held-out stories; gap: how far that is above the
+entropy of the world, which no model can beat; consistency: share of stories ended right ("So now
+the blue kite" -> " is with Vera, by the river."); answers: share of questions about a story
+answered right; harbour: the same in another region; wins: how often its answer is better than that
+of the chat model (ties count half). The first row: the entropy, and a guess among what the story
+names."""
 
 
 @functools.cache
-def trials(setting=Setting(), n=500):
-    """What every stage is scored on: held-out stories, and questions about others, in the valley and in the harbour."""
-    return World(setting=setting).stories(n, "heldout"), exams(n, setting=setting), exams(n, region=HARBOUR, setting=setting)
+def trials(setting: Setting = PLAIN, n: int = 500) -> tuple[list[Story], Asked, Asked]:
+    """What every stage is scored on.
+
+    Held-out stories, and questions about others, in the valley and in the harbour.
+    """
+    stories = World(setting=setting).stories(n, "heldout")
+    return stories, exams(n, setting=setting), exams(n, region=HARBOUR, setting=setting)
 
 
-def bounds(setting=Setting()):
-    """The first row: the least bits per byte that are possible, and what guessing scores."""
+def bounds(setting: Setting = PLAIN) -> tuple[float, dict[str, str]]:
+    """The least bits per byte that are possible, and the first row of the scorecard.
+
+    That row has them, and what guessing scores.
+    """
     stories, valley, harbour = trials(setting)
-    floor = sum(-s.logp for s in stories) / math.log(2) / sum(len(s.text.encode()) for s in stories)
-    guess = [statistics.mean(1 / q.candidates for _, q in asked) for asked in (valley, harbour)]
-    return floor, {"stage": "(bounds)", "bits/byte": f"{floor:.4f}", "gap": "0.0%", "consistency": f"{chance(stories):.1%}",
-                   "answers": f"{guess[0]:.1%}", "harbour": f"{guess[1]:.1%}", "wins": "50.0%", "MB": "", "tokens/s": ""}
+    size = sum(len(s.text.encode()) for s in stories)
+    floor = sum(-s.logp for s in stories) / math.log(2) / size
+    row = {
+        "stage": "(bounds)",
+        "bits/byte": f"{floor:.4f}",
+        "gap": "0.0%",
+        "consistency": f"{chance(stories):.1%}",
+        "answers": f"{statistics.mean(1 / q.candidates for _, q in valley):.1%}",
+        "harbour": f"{statistics.mean(1 / q.candidates for _, q in harbour):.1%}",
+        "wins": "50.0%",
+        "MB": "",
+        "tokens/s": "",
+    }
+    return floor, row
 
 
-def score(name, model, tokenizer, chat=None, setting=Setting()):
-    """One row of the scorecard; chat: the model to win against (None, or the model itself: no wins to count); setting: of the
-    stories that the model learnt from."""
+def score(name: str, model: nn.Module, tokenizer: Tokenizer, chat: nn.Module | None = None,
+          setting: Setting = PLAIN) -> dict[str, str]:
+    """One row of the scorecard.
+
+    chat: the model to win against (None, or the model itself: no wins to count); setting: of the
+    stories that the model learned from.
+    """
     stories, valley, harbour = trials(setting)
     bpb = bits_per_byte(model, [s.text for s in stories], tokenizer)
     fast = FastDecoder(model)
     wins = f"{win_rate(fast, FastDecoder(chat), tokenizer, valley)[0]:.1%}" if chat else ""
-    return {"stage": name, "bits/byte": f"{bpb:.4f}", "gap": f"{bpb / bounds(setting)[0] - 1:.1%}",
-            "consistency": f"{consistency(model, stories, tokenizer):.1%}", "answers": f"{accuracy(fast, tokenizer, valley):.1%}",
-            "harbour": f"{accuracy(fast, tokenizer, harbour):.1%}", "wins": wins,
-            "MB": f"{size_mb(model):.1f}", "tokens/s": f"{speed(fast, tokenizer):.0f}"}
+    return {
+        "stage": name,
+        "bits/byte": f"{bpb:.4f}",
+        "gap": f"{bpb / bounds(setting)[0] - 1:.1%}",
+        "consistency": f"{consistency(model, stories, tokenizer):.1%}",
+        "answers": f"{accuracy(fast, tokenizer, valley):.1%}",
+        "harbour": f"{accuracy(fast, tokenizer, harbour):.1%}",
+        "wins": wins,
+        "MB": f"{size_mb(model):.1f}",
+        "tokens/s": f"{speed(fast, tokenizer):.0f}",
+    }
 
 
-def table(rows):
+def table(rows: Sequence[dict[str, str]]) -> str:
     """Rows (dicts with the same keys) as text in columns."""
     lines = [list(rows[0])] + [list(row.values()) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]

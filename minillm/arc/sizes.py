@@ -11,8 +11,9 @@ from minillm.world import Setting
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a base model is made. vocab_size is that of the tokenizer; stories (0: the text of files) are seen once each; setting:
-    how rich they are, and all that later stages ask and tell."""
+    """How a base model is made. vocab_size is that of the tokenizer; stories (0: the text of files)
+    are seen once each; setting: how rich they are, and all that later stages ask and tell;
+    compiling: see arc.fit."""
 
     model: LlamaConfig
     training: TrainConfig
@@ -21,15 +22,18 @@ class Recipe:
     texts: tuple = ()
     seed: int = 0
     setting: Setting = Setting()
+    compiling: bool = False
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a stage is made from the one before it. examples: dialogues, or questions whose answers become preference pairs."""
+    """How a stage is made from the one before it. examples: dialogues, or questions whose answers
+    become preference pairs; compiling: see arc.fit."""
 
     training: TrainConfig
     examples: int
     batch_size: int = 16
+    compiling: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,46 +47,79 @@ class Size:
     dpo: Tuning
 
 
-def scaled(size, shape, **rates):
-    """A size with other widths and depths, shape {field of LlamaConfig: value}, and other learning rates {stage: rate}."""
-    made = {stage: replace(recipe, training=replace(recipe.training, lr=rates.get(stage, recipe.training.lr)))
-            for stage, recipe in vars(size).items()}
-    return Size(**made | {stage: replace(made[stage], model=replace(made[stage].model, **shape)) for stage in ("stories", "files")})
+STORIES = Recipe(
+    LlamaConfig(vocab_size=896, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344,
+                max_seq_len=512),
+    TrainConfig(steps=1400, lr=5e-3, muon=2.0, warmup=50, min_lr=0.02),
+    batch_size=16, stories=22_400)
+# A file is read many times over, and there Muon learns it by heart (measured on Tiny Shakespeare):
+# plain AdamW.
+FILES = replace(
+    STORIES, model=replace(STORIES.model, vocab_size=1024, max_seq_len=256), stories=0,
+    training=replace(STORIES.training, steps=750, lr=3e-3, muon=0, weight_decay=0.3))
+CHAT = Tuning(TrainConfig(steps=560, lr=4e-3, muon=2.0, warmup=20, min_lr=0.02), examples=8960)
+LORA = Tuning(TrainConfig(steps=180, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0),
+             examples=2880)
+# float32: the loss is made of differences between sums over an answer, in which the rounding of
+# bfloat16 shows.
+DPO = Tuning(TrainConfig(steps=40, lr=1e-4, warmup=5, weight_decay=0, precision="float32"),
+             examples=600)
+CPU = Size(STORIES, FILES, CHAT, LORA, DPO)
 
 
-STORIES = Recipe(LlamaConfig(vocab_size=896, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344, max_seq_len=512),
-                 TrainConfig(steps=1400, lr=5e-3, muon=2.0, warmup=50, min_lr=0.02), batch_size=16, stories=22400)
-CPU = Size(
-    STORIES,
-    # A file is read many times over, and there Muon learns it by heart (measured on Tiny Shakespeare): plain AdamW.
-    files=replace(STORIES, model=replace(STORIES.model, vocab_size=1024, max_seq_len=256), stories=0,
-                  training=replace(STORIES.training, steps=750, lr=3e-3, muon=0, weight_decay=0.3)),
-    chat=Tuning(TrainConfig(steps=560, lr=4e-3, muon=2.0, warmup=20, min_lr=0.02), examples=8960),
-    lora=Tuning(TrainConfig(steps=180, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0), examples=2880),
-    # float32: the loss is made of differences between sums over an answer, in which the rounding of bfloat16 shows.
-    dpo=Tuning(TrainConfig(steps=40, lr=1e-4, warmup=5, weight_decay=0, precision="float32"), examples=600))
-# Seven times the parameters, with the same data.
-MEDIUM = scaled(CPU, {"dim": 288, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "hidden_dim": 768}, stories=3.5e-3, chat=2.5e-3, dpo=5e-5)
-# More of everything in a story, so that there is something to learn. The vocabulary stays: the words of the world fill no larger one.
-# Not tried on a GPU: the rates of cpu and medium were, and these go on as those fell with the width. `python -m minillm.bench memory` says what
-# time and memory to expect. Where a batch is long it comes in two halves, so that 8 GB suffice.
-WIDE = LlamaConfig(vocab_size=896, dim=512, n_layers=8, n_heads=8, n_kv_heads=4, hidden_dim=1376, max_seq_len=1024)
+def widened(recipe: Recipe) -> Recipe:
+    """A recipe with a model of about seven times the parameters."""
+    model = replace(recipe.model, dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768)
+    return replace(recipe, model=model)
+
+
+def with_rate(recipe: Recipe | Tuning, lr: float) -> Recipe | Tuning:
+    """A recipe with another learning rate."""
+    return replace(recipe, training=replace(recipe.training, lr=lr))
+
+
+# The stories and dialogues of cpu for a larger model.
+MEDIUM = Size(with_rate(widened(STORIES), 3.5e-3), widened(FILES), with_rate(CHAT, 2.5e-3), LORA,
+              with_rate(DPO, 5e-5))
+
+# More of everything in a story, so that there is something to learn. The vocabulary stays: the
+# words of the world fill no larger one. Where a batch is long it comes in two halves, so that 8 GB
+# suffice.
+WIDE = LlamaConfig(vocab_size=896, dim=512, n_layers=8, n_heads=8, n_kv_heads=4, hidden_dim=1376,
+                   max_seq_len=1024)
 GPU = Size(
-    Recipe(WIDE, TrainConfig(steps=4700, lr=3e-3, muon=2.0, warmup=200, min_lr=0.02, compile=True), batch_size=64, stories=300_800,
-           setting=Setting(characters=(2, 4), objects=(1, 3), events=(4, 12))),
-    files=Recipe(replace(WIDE, vocab_size=1024, max_seq_len=512), TrainConfig(steps=1000, lr=1e-3, warmup=100, min_lr=0.02, weight_decay=0.3,
-                                                                              compile=True), batch_size=32),
-    chat=Tuning(TrainConfig(steps=640, lr=2e-3, muon=2.0, warmup=40, min_lr=0.02, accumulate=2, compile=True), examples=40_960, batch_size=32),
-    lora=Tuning(TrainConfig(steps=200, lr=1e-2, warmup=20, min_lr=0.02, weight_decay=0, accumulate=2, compile=True), examples=12_800, batch_size=32),
-    dpo=Tuning(TrainConfig(steps=75, lr=3e-5, warmup=10, weight_decay=0, precision="float32", accumulate=2, compile=True), examples=2400, batch_size=16))
+    stories=Recipe(
+        WIDE, TrainConfig(steps=2400, lr=3e-3, muon=2.0, warmup=150, min_lr=0.02),
+        batch_size=64, stories=153_600, compiling=True,
+        setting=Setting(characters=(2, 4), objects=(1, 3), events=(4, 12))),
+    files=Recipe(
+        replace(WIDE, vocab_size=1024, max_seq_len=512),
+        TrainConfig(steps=1000, lr=1e-3, warmup=100, min_lr=0.02, weight_decay=0.3),
+        batch_size=32, compiling=True),
+    chat=Tuning(
+        TrainConfig(steps=400, lr=2e-3, muon=2.0, warmup=30, min_lr=0.02, accumulate=2),
+        examples=25_600, batch_size=32, compiling=True),
+    lora=Tuning(
+        TrainConfig(steps=150, lr=1e-2, warmup=15, min_lr=0.02, weight_decay=0, accumulate=2),
+        examples=9600, batch_size=32, compiling=True),
+    dpo=Tuning(
+        TrainConfig(steps=75, lr=3e-5, warmup=10, weight_decay=0, precision="float32",
+                    accumulate=2),
+        examples=2400, compiling=True))
 SIZES = {"cpu": CPU, "medium": MEDIUM, "gpu": GPU}
 
 
-def chosen():
-    """The name of the size in use: what the environment variable MINILLM_SIZE says, or "gpu" where there is one and "cpu" elsewhere.
+def chosen() -> str:
+    """The name of the size in use: what the environment variable MINILLM_SIZE says, or "gpu" where
+    there is one and "cpu" elsewhere.
 
     Raises ValueError if there is no such size."""
     name = os.environ.get("MINILLM_SIZE") or ("gpu" if torch.cuda.is_available() else "cpu")
     if name not in SIZES:
         raise ValueError(f"MINILLM_SIZE={name}: there are the sizes {', '.join(SIZES)}")
     return name
+
+
+def size() -> Size:
+    """The size in use, see chosen."""
+    return SIZES[chosen()]

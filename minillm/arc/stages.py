@@ -1,11 +1,13 @@
-"""The stages of the model. Each is loaded if this exact recipe was built before, and else built with a progress bar."""
+"""The stages of the model: what each is, and how it is made from the one before it."""
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 
 from minillm.arc.cache import ALPHA, RANK, Stage, build, device
-from minillm.arc.sizes import SIZES, chosen
+from minillm.arc.fit import fit
+from minillm.arc.sizes import Recipe, Tuning, size
 from minillm.data import ENDOFTEXT, Rows, Windows, clean, encode_document, split_documents
 from minillm.dpo import Pairs, count_pairs, preference_loss, sample_pairs
 from minillm.fast_decode import FastDecoder
@@ -16,127 +18,164 @@ from minillm.quantize import quantize_model
 from minillm.sft import ASSISTANT, USER, finetune
 from minillm.storage.text_files import read_documents
 from minillm.tokenizer import Tokenizer
-from minillm.train import train
-from minillm.world import World
+from minillm.world import Setting, World
 from minillm.world.questions import dialogues, exams
+from minillm.world.stories import Story
 from minillm.world.templates import HARBOUR
 
-# Those of the chat have their rows from the start, as LLaMA 3 has reserved ones, so that no later stage must grow the model.
+# Those of the chat have their rows from the start, as LLaMA 3 has reserved ones, so that no later
+# stage must grow the model.
 SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
-
-
-STORIES, FILES, CHAT, LORA, DPO = (getattr(SIZES[chosen()], name) for name in ("stories", "files", "chat", "lora", "dpo"))
 BETA = 0.1                                # of DPO
 
 
-def base(bar=True):
-    """The base model of the course: trained on the story world, about two minutes on two cores (size cpu) if it was not built before."""
-    return build("base", STORIES, make_base, bar, heldout_texts=heldout_texts)
+def base(bar: bool = True) -> Stage:
+    """The base model of the course: trained on the story world, about two minutes on two cores
+    (size cpu) if it was not built before."""
+    return build("base", size().stories, make_base, bar, heldout_texts=heldout_texts)
 
 
-def from_files(paths, bar=True):
-    """A base model of the reader's own text files, 20,000 characters or more. Raises ValueError as read_documents does."""
+def from_files(paths: list[str], bar: bool = True) -> Stage:
+    """A base model of the reader's own text files, 20,000 characters or more. Raises ValueError as
+    read_documents does."""
     texts = tuple((name, clean(text)) for name, text in read_documents(paths, least=20_000))
-    return build("own", replace(FILES, texts=texts), make_base, bar, heldout_texts=heldout_texts)
+    recipe = replace(size().files, texts=texts)
+    return build("own", recipe, make_base, bar, heldout_texts=heldout_texts)
 
 
-def chat(bar=True):
-    """The base model tuned on dialogues: it answers questions about a story, and tells stories on demand."""
-    return build("chat", CHAT, make_chat, bar, base(bar), ("sft", "world.questions"))
+def chat(bar: bool = True) -> Stage:
+    """The base model tuned on dialogues: it answers questions about a story, and tells stories on
+    demand."""
+    return build("chat", size().chat, make_chat, bar, base(bar), ("sft", "world.questions"))
 
 
-def lora(bar=True):
+def lora(bar: bool = True) -> Stage:
     """The chat model with a LoRA adapter for the second region, the harbour."""
-    return build("lora", LORA, make_lora, bar, chat(bar), ("lora",))
+    return build("lora", size().lora, make_lora, bar, chat(bar), ("lora",))
 
 
-def dpo(bar=True):
-    """The chat model tuned on preferences: of its own answers to a question, the one with the greatest true reward is chosen."""
-    return build("dpo", DPO, make_dpo, bar, chat(bar), ("dpo", "generate", "fast_decode"))
+def dpo(bar: bool = True) -> Stage:
+    """The chat model tuned on preferences: of its own answers to a question, the one with the
+    greatest true reward is chosen."""
+    return build("dpo", size().dpo, make_dpo, bar, chat(bar), ("dpo", "generate", "fast_decode"))
 
 
-def int8(bar=True):
-    """The dpo model with the linear layers of its blocks in 8 bits, one scale a row. Made anew each time: it takes milliseconds."""
+def int8(bar: bool = True) -> Stage:
+    """The dpo model with the linear layers of its blocks in 8 bits, one scale per row. Made anew
+    each time: it takes milliseconds."""
     stage = dpo(bar)
     quantize_model(stage.model)
     return stage
 
 
-def training_texts(recipe):
-    """The documents to learn from: of files, or stories. One story in 25 is from the harbour: enough to know its words, as the
-    LLaMA of 2023 knew some Chinese, and too little to know it well, so that there is something to adapt to."""
-    regions = World(setting=recipe.setting), World(HARBOUR, recipe.setting)
-    return [text for _, text in split_documents(recipe.texts)[0]] or [regions[i % 25 == 24].sample(i).text for i in range(recipe.stories)]
+def training_texts(recipe: Recipe) -> list[str]:
+    """The documents to learn from: of files, or stories.
+
+    One story in 25 is from the harbour: enough to know its words, as the LLaMA of 2023 knew some
+    Chinese, and too little to know it well, so that there is something to adapt to."""
+    if recipe.texts:
+        return [text for _, text in split_documents(recipe.texts)[0]]
+    valley, harbour = World(setting=recipe.setting), World(HARBOUR, recipe.setting)
+    return [(harbour if i % 25 == 24 else valley).sample(i).text for i in range(recipe.stories)]
 
 
-def heldout_texts(recipe):
-    return [text for _, text in split_documents(recipe.texts)[1]] or [story.text for story in heldout_stories(recipe.setting)]
+def heldout_texts(recipe: Recipe) -> list[str]:
+    """Documents that a base model was not trained on."""
+    if recipe.texts:
+        return [text for _, text in split_documents(recipe.texts)[1]]
+    return [story.text for story in heldout_stories(recipe.setting)]
 
 
-def heldout_stories(setting=STORIES.setting):
-    """The stories on which every stage is scored."""
-    return World(setting=setting).stories(500, "heldout")
+def heldout_stories(setting: Setting | None = None) -> list[Story]:
+    """The stories on which every stage is scored; setting: by default that of the size in use."""
+    return World(setting=setting or size().stories.setting).stories(500, "heldout")
 
 
-def samples(model, tokenizer, n, length=400, seed=0):
-    """n texts that the model writes from nothing, each of at most `length` tokens (and max_seq_len), as numbered lines."""
+def samples(model: torch.nn.Module, tokenizer: Tokenizer, n: int, length: int = 400,
+            seed: int = 0) -> str:
+    """n texts that the model writes from nothing, each of at most `length` tokens (and
+    max_seq_len), as numbered lines."""
     length = min(length, model.config.max_seq_len - 1)
-    start = encode_document("", tokenizer)[0]
-    ids = generate(FastDecoder(model), torch.full((n, 1), start, device=next(model.parameters()).device), length, stop=start, seed=seed).tolist()
-    texts = [tokenizer.decode(row[1:row.index(start, 1)] if start in row[1:] else row[1:]) for row in ids]
-    return "\n".join(f"  {i + 1}. {text.strip()}" for i, text in enumerate(texts))
+    end = encode_document("", tokenizer)[0]
+    start = torch.full((n, 1), end, device=next(model.parameters()).device)
+    lines = []
+    ids = generate(FastDecoder(model), start, length, stop=end, seed=seed)
+    for i, row in enumerate(ids.tolist(), 1):
+        written = row[1:row.index(end, 1)] if end in row[1:] else row[1:]
+        lines.append(f"  {i}. {tokenizer.decode(written).strip()}")
+    return "\n".join(lines)
 
 
-def make_base(recipe, before, checkpoints, bar):
+def make_base(recipe: Recipe, before: None, checkpoints: str, bar: bool) -> Stage:
+    """Tokenizer and base model of a recipe; for the arguments see cache.build."""
     training, heldout = training_texts(recipe), heldout_texts(recipe)
     tokenizer = Tokenizer.train(training[:6000], recipe.model.vocab_size, SPECIAL_TOKENS)
     documents = [encode_document(text, tokenizer) for text in training]
     tokens = sum(len(encode_document(text, tokenizer)) - 1 for text in heldout)
-    floor = None if recipe.texts else -sum(story.logp for story in heldout_stories(recipe.setting)) / tokens
+    floor = None
+    if not recipe.texts:
+        floor = -sum(story.logp for story in heldout_stories(recipe.setting)) / tokens
     if recipe.stories:
         batches = Rows(documents, recipe.batch_size, recipe.seed)
     else:
-        batches = Windows(np.concatenate(documents), recipe.batch_size, recipe.model.max_seq_len, recipe.seed)
+        batches = Windows(np.concatenate(documents), recipe.batch_size, recipe.model.max_seq_len,
+                          recipe.seed)
     torch.manual_seed(recipe.seed)
     model = Llama(recipe.model).to(device())
     if recipe.training.muon:
-        # Embeddings of size 1, where 0.02 is usual: found by trying. With 0.02 this recipe learns faster for some hundred steps,
-        # and then stays behind, above all in keeping track of who has what.
+        # Embeddings of size 1, where 0.02 is usual: found by trying. With 0.02 this recipe learns
+        # faster for some hundred steps, and then stays behind, above all in keeping track of who
+        # has what.
         torch.nn.init.normal_(model.model.embed_tokens.weight)
     if bar:
         rate = sum(len(text.encode()) for text in heldout) / tokens
-        print(f"Tokenizer: {tokenizer.n_vocab} tokens, {rate:.2f} bytes a token. Model: {sum(p.numel() for p in model.parameters()):,} "
+        n = sum(p.numel() for p in model.parameters())
+        print(f"Tokenizer: {tokenizer.n_vocab} tokens, {rate:.2f} bytes per token. Model: {n:,} "
               f"parameters. Before training it writes:\n{samples(model, tokenizer, 2, 30)}")
-    history = train(model, batches, replace(recipe.training, bar=bar, floor=floor, checkpoint=str(checkpoints)))
+    config = replace(recipe.training, bar=bar, floor=floor, checkpoint=str(checkpoints))
+    history = fit(model, batches, config, compiling=recipe.compiling)
     return Stage(model, tokenizer, history, floor)
 
 
-def make_chat(recipe, before, checkpoints, bar):
+def make_chat(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stage:
+    """The chat model, from the base model."""
     if bar:
         print(f"\nChat: {recipe.examples:,} dialogues, of which the answers are learnt.")
-    return tune(recipe, before, dialogues(recipe.examples, setting=before.setting), checkpoints, bar)
+    data = dialogues(recipe.examples, setting=before.setting)
+    return tune(recipe, before, data, checkpoints, bar)
 
 
-def make_lora(recipe, before, checkpoints, bar):
-    torch.manual_seed(0)         # A is random: the same whether the stages before were built just now or loaded
+def make_lora(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stage:
+    """The chat model with an adapter for the harbour."""
+    # A is random: it should be the same whether the chat stage was built just now or loaded.
+    torch.manual_seed(0)
     add_lora(before.model, RANK, ALPHA)
     if bar:
         print(f"\nLoRA: {recipe.examples:,} dialogues from the harbour, an adapter of rank {RANK}.")
-    return tune(recipe, before, dialogues(recipe.examples, region=HARBOUR, setting=before.setting), checkpoints, bar)
+    data = dialogues(recipe.examples, region=HARBOUR, setting=before.setting)
+    return tune(recipe, before, data, checkpoints, bar)
 
 
-def tune(recipe, before, data, checkpoints, bar):
+def tune(recipe: Tuning, before: Stage, data: list, checkpoints: str, bar: bool) -> Stage:
+    """The stage `before`, tuned on dialogues."""
     config = replace(recipe.training, bar=bar, checkpoint=str(checkpoints))
-    return replace(before, history=finetune(before.model, data, before.tokenizer, config, recipe.batch_size), floor=None)
+    history = finetune(before.model, data, before.tokenizer, config, recipe.batch_size,
+                       fit=partial(fit, compiling=recipe.compiling))
+    return replace(before, history=history, floor=None)
 
 
-def make_dpo(recipe, before, checkpoints, bar):
-    """Each question is answered four times; the best and the worst answer, by the true reward, make a pair."""
+def make_dpo(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stage:
+    """Each question is answered four times; the best and the worst answer, by the true reward, make
+    a pair."""
     model, tokenizer = before.model, before.tokenizer
     asked = exams(recipe.examples, "train", setting=before.setting)
-    pairs = sample_pairs(FastDecoder(model), tokenizer, asked, lambda question, answer: question.reward(answer))
+    pairs = sample_pairs(FastDecoder(model), tokenizer, asked,
+                         lambda question, answer: question.reward(answer))
     if bar:
-        print(f"\nDPO: {len(pairs):,} pairs of answers of the chat model to {recipe.examples:,} questions.")
+        print(f"\nDPO: {len(pairs):,} pairs of answers of the chat model to {recipe.examples:,} "
+              "questions.")
     batches = Pairs(pairs, tokenizer, model, recipe.batch_size)
     config = replace(recipe.training, bar=bar, checkpoint=str(checkpoints))
-    return replace(before, history=train(model, batches, config, preference_loss(beta=BETA), count_pairs), floor=None)
+    history = fit(model, batches, config, preference_loss(beta=BETA), count_pairs,
+                  recipe.compiling)
+    return replace(before, history=history, floor=None)

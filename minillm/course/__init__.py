@@ -1,1 +1,1 @@
-"""The tools of the course itself: checks of exercises, and the exporter that writes modules from notebooks."""
+"""The course's own tools: checks of exercises, and the exporter that writes notebooks' modules."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from minillm.parallel import check_shared, rank_and_world, share_of, whole
 from minillm.storage.files import replacing, seal, unseal
+from minillm.storage.shared import check_shared, full_tensor, rank_and_world, share_of
 
 
 def state(model, optimizer=None):
@@ -28,7 +28,7 @@ def save_checkpoint(folder, model, optimizer, history, keep=2, run=None):
     path = folder / f"step-{len(history):08d}.safetensors"
     tensors = {"rng": torch.get_rng_state()}
     for n, z in state(model, optimizer).items():
-        z = whole(z.detach())
+        z = full_tensor(z.detach())
         tensors |= {n: z.cpu()} if first else {}           # the others drop it before they get the next
     if not first:
         return path

@@ -1,7 +1,12 @@
-"""The benchmark: turns, the arithmetic of tables and shares, what is refused, pictures, and that each contender does the work it is timed for.
+"""The benchmark: turns, tables, shares, pictures, what is refused, and the work of each contender.
 
-Peers in checkouts are tested where MINILLM_PEERS names their folder, the others where they are installed."""
+Peers in checkouts are tested where MINILLM_PEERS names their folder, the others where they are
+installed.
+"""
+import itertools
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +24,10 @@ from minillm.generate import generate
 from minillm.model import Llama, LlamaConfig, count_parameters
 from minillm.tokenizer import Tokenizer
 
+ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ["MINILLM_PEERS"]) if "MINILLM_PEERS" in os.environ else None
-TINY = LlamaConfig(vocab_size=64, dim=64, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=168, max_seq_len=96)
+TINY = LlamaConfig(vocab_size=64, dim=64, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=168,
+                   max_seq_len=96)
 SECONDS = {"a": [4.0, 2.0, 3.0], "minillm": [1.0, 1.0, 2.0]}
 
 
@@ -40,19 +47,25 @@ def peer(name):
     return known.get(name) or pytest.skip(f"{name} is not installed")
 
 
-def test_contenders_take_turns_and_may_time_themselves():
+def test_contenders_take_turns_and_may_time_themselves(monkeypatch):
     calls = []
-    seconds = timing.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.5}, 3)
-    assert calls == list("abababab") and seconds["b"] == [2.5] * 3 and len(seconds["a"]) == 3 and max(seconds["a"]) < 0.5
+    contenders = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b") or 2.5}
+    clock = itertools.count(start=10, step=7)                 # 7 seconds from one look to the next
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    seconds = timing.in_turns(contenders, 3)
+    assert calls == list("abababab")
+    assert seconds == {"a": [7] * 3, "b": [2.5] * 3}
 
 
 def test_a_table_has_the_ratio_of_medians_and_the_spread_of_the_turns():
-    t = timing.table("title", "tokens/s", 6, SECONDS, "a", lambda name, rate: {"share": f"{rate:.0f}!"}, ["a note"])
+    t = timing.table("title", "tokens/s", 6, SECONDS, "a",
+                     lambda name, rate: {"share": f"{rate:.0f}!"}, ["a note"])
     a, ours = t.rows
     assert (a.rate, a.ratio, a.low, a.high) == (2, 1, 1, 1)
     assert (ours.rate, ours.ratio, ours.low, ours.high) == (6, 3, 1.5, 4)
     said = str(t).splitlines()
-    assert said[-1] == "a note" and said[-2].split() == ["minillm", "6", "3.00", "(1.50", "-", "4.00)", "6!"] and "share" in said[2]
+    assert said[-1] == "a note" and "share" in said[2]
+    assert said[-2].split() == ["minillm", "6", "3.00", "(1.50", "-", "4.00)", "6!"]
     assert timing.fastest(SECONDS | {"b": [2.0, 2.0, 9.0]}, ["a", "b"]) == "b"
 
 
@@ -68,17 +81,50 @@ def test_a_picture_is_saved_whole(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("train --rounds 0", "rounds must be at least 1"), ("--rounds -2 generate", "rounds must be at least 1"),
+    ("train --rounds 0", "rounds must be at least 1"),
+    ("--rounds 0 train", "rounds must be at least 1"),
+    ("--rounds -2 generate", "rounds must be at least 1"),
+    ("--rounds 0 quantize", "rounds must be at least 1"),
     ("tokenize x --rounds 0", "rounds must be at least 1"),
-    ("generate --peers /no/such/folder", "there is no folder"), ("quantize --peers minillm", "none of the checkouts"),
-    ("train --shapes S Q", "no shape 'Q'"), ("generate --plot /no/such/folder/x.png", "cannot be saved"), ("train --plot x.txt", "cannot be saved"),
-    ("tokenize /no/such/file", "cannot be read"), ("tokenize pyproject.toml", "too small a text"), ("train --rounds two", "invalid int")])
+    ("generate --peers /no/such/folder", "there is no folder"),
+    ("quantize --peers minillm", "none of the checkouts"),
+    ("train --shapes S Q", "no shape 'Q'"),
+    ("generate --plot /no/such/folder/x.png", "cannot be saved"),
+    ("train --plot x.txt", "cannot be saved"),
+    ("tokenize /no/such/file", "cannot be read"),
+    ("tokenize pyproject.toml", "too small a text"),
+    ("train --rounds two", "invalid int"),
+    ("--rounds 3 memory", "takes no options"),
+])
 def test_refuses(arguments, words, capsys, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments.split())
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and words in said and ": error:" in said
+    check_refusal(stopped.value.code, capsys.readouterr().err, words)
+
+
+def check_refusal(code, stderr, words):
+    """Exit code 2 and a sentence, after the usage where the arguments themselves are wrong."""
+    said = stderr.splitlines()[-1]
+    assert code == 2 and words in said and said.startswith("python -m minillm.bench")
+    assert stderr.count("error:") == 1 and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("arguments", ["train", "generate", "quantize", "tokenize x", "memory"])
+def test_a_size_that_does_not_exist_is_refused_by_every_command(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("MINILLM_SIZE", "huge")
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments.split())
+    check_refusal(stopped.value.code, capsys.readouterr().err, "MINILLM_SIZE=huge: there are the")
+
+
+def test_a_size_that_does_not_exist_is_refused_by_a_new_process():
+    """In which nothing is imported yet: modules that read the size must not be the first to."""
+    run = [sys.executable, "-m", "minillm.bench", "memory"]
+    done = subprocess.run(run, cwd=ROOT, env=os.environ | {"MINILLM_SIZE": "huge"},
+                          capture_output=True, text=True)
+    check_refusal(done.returncode, done.stderr, "MINILLM_SIZE=huge: there are the")
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
 
 
 def test_rounds_may_come_before_or_after_what_is_timed():
@@ -89,19 +135,24 @@ def test_rounds_may_come_before_or_after_what_is_timed():
 
 
 def test_shares_by_hand():
-    c = LlamaConfig(vocab_size=1000, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=100, max_seq_len=128)
+    c = LlamaConfig(vocab_size=1000, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=100,
+                    max_seq_len=128)
     weights = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 100)
     flops = 6 * (weights + 64 * 1000) + 2 * 12 * 64 * 128
     assert ceilings.mfu(c, 128, rate=10_000, ceiling=200) == pytest.approx(flops * 10_000 / 200e9)
-    assert ceilings.bytes_a_token(c) == 4 * (weights + 5 * 64 + 64 * 1000)       # with the gains of 5 norms
-    assert ceilings.bytes_a_token(replace(c, tie_embeddings=True), 1) == weights + 5 * 64 + 64 * 1000
+    assert ceilings.bytes_a_token(c) == 4 * (weights + 5 * 64 + 64 * 1000)   # with 5 norms' gains
+    tied = replace(c, tie_embeddings=True)
+    assert ceilings.bytes_a_token(tied, 1) == weights + 5 * 64 + 64 * 1000
     assert ceilings.matrix_product("float32").amount == pytest.approx(2 * 2048 ** 3 / 1e9)
-    assert ceilings.memory_read(8).work() == ceilings.memory_read(8).amount * 1e9 / 4       # as many ones as it says
+    memory = ceilings.memory_read(8)
+    assert memory.work() == memory.amount * 1e9 / 4                      # as many ones as it says
 
 
-@pytest.mark.parametrize("name, peak", [("NVIDIA H100 80GB HBM3", 989e3), ("NVIDIA H100 PCIe", 756e3), ("NVIDIA H200", 989e3),
-                                        ("NVIDIA A100-SXM4-80GB", 312e3), ("NVIDIA L4", 121e3), ("NVIDIA L40S", None),
-                                        ("NVIDIA GeForce RTX 3090", 71e3), ("2 threads", None)])
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e3), ("NVIDIA H100 PCIe", 756e3), ("NVIDIA H200", 989e3),
+    ("NVIDIA A100-SXM4-80GB", 312e3), ("NVIDIA L4", 121e3), ("NVIDIA L40S", None),
+    ("NVIDIA GeForce RTX 3090", 71e3), ("2 threads", None),
+])
 def test_peaks(name, peak):
     assert ceilings.peak_of(name) == peak
 
@@ -109,12 +160,16 @@ def test_peaks(name, peak):
 def test_measured_ceilings_take_their_turns():
     calls = []
     top = ceilings.Ceiling("top", "GB/s", 6, lambda: calls.append("t") or 3.0)
-    seconds, rates, line = ceilings.measured({"a": lambda: calls.append("a") or 1.0}, 2, [top])
-    assert calls == list("atatat") and seconds == {"a": [1, 1]} and rates == {"top": 2} and "top 2 GB/s" in line
+    contenders = {"a": lambda: calls.append("a") or 1.0}
+    seconds, rates, line = ceilings.measured(contenders, 2, [top])
+    assert calls == list("atatat") and seconds == {"a": [1, 1]}
+    assert rates == {"top": 2} and "top 2 GB/s" in line
 
 
 def learns(step, model, times=6):
-    before, losses = [p.detach().clone() for p in model.parameters()], [step().item() for _ in range(times)]
+    """Some steps on one batch lower its loss and move every parameter."""
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = [step().item() for _ in range(times)]
     assert losses[-1] < losses[0] - 0.01, losses
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
@@ -126,14 +181,20 @@ def test_our_step_trains(precision, monkeypatch):
     learns(training.our_step(TINY, precision, *batch(TINY)), made[0])
 
 
-@pytest.mark.parametrize("name", ["transformers", "litgpt", "llama2.c", "nanoGPT", "minimind", "LLMs-from-scratch"])
+@pytest.mark.parametrize("name", [
+    "transformers", "litgpt", "llama2.c", "nanoGPT", "minimind", "LLMs-from-scratch"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_peers_are_as_large_as_ours_and_their_steps_train(name, tied):
     c = replace(TINY, tie_embeddings=tied)
     known, made = peer(name), []
     size = sum(p.numel() for p in known.make(c).parameters())
-    assert size == count_parameters(c) if known.is_llama else abs(size / count_parameters(replace(c, tie_embeddings=True)) - 1) < 0.1
-    step = peers.peer_step(replace(known, make=lambda c: made.append(known.make(c)) or made[0]), c, "float32", *batch(c))
+    if known.is_llama:
+        assert size == count_parameters(c)
+    else:
+        ours = count_parameters(replace(c, tie_embeddings=True))
+        assert abs(size / ours - 1) < 0.1
+    watched = replace(known, make=lambda c: made.append(known.make(c)) or made[0])
+    step = peers.peer_step(watched, c, "float32", *batch(c))
     torch.manual_seed(0)
     learns(step, made[0])
 
@@ -147,7 +208,8 @@ def test_peers_write_what_we_write(name):
         layer.self_attn.q_proj.weight.data *= 100      # so that it matters where a token stands
         layer.self_attn.o_proj.weight.data *= 10
     write = peers.writers(model, FOLDER)[name]
-    assert torch.equal(write(ids, 20), generate(model, ids, 20, temperature=0)) and torch.equal(write(ids[:1], 20), write(ids, 20)[:1])
+    assert torch.equal(write(ids, 20), generate(model, ids, 20, temperature=0))
+    assert torch.equal(write(ids[:1], 20), write(ids, 20)[:1])
 
 
 def test_torchao_writes_nearly_what_we_write():
@@ -180,13 +242,16 @@ def test_each_comparison_runs(what, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(generation, "memory_read", partial(ceilings.memory_read, 8))
     arguments = [what, "--rounds", "1", "--plot", str(tmp_path / "x.png")]
     if what == "tokenize":
-        words = (chr(97 + k % 26) + chr(97 + k // 26 % 26) + chr(97 + k // 676) for k in range(0, 17576, 3))
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        words = list(map("".join, itertools.product(letters, repeat=3)))[::3]
         (tmp_path / "x.txt").write_text(" ".join(words))
         arguments.append(str(tmp_path / "x.txt"))
     command.main(arguments + (["--shapes", "M"] if what != "tokenize" else []))
     said = capsys.readouterr().out
-    assert kept == ["train"] * (what == "train") and "minillm" in said and (tmp_path / "x.png").stat().st_size > 5000
-    assert {"train": "float32 matrix product", "tokenize": "tiktoken"}.get(what, "reading memory") in said
+    assert kept == ["train"] * (what == "train")
+    assert "minillm" in said and (tmp_path / "x.png").stat().st_size > 5000
+    beside = {"train": "float32 matrix product", "tokenize": "tiktoken"}
+    assert beside.get(what, "reading memory") in said
     if what == "generate":
         assert said.count("minillm 100%") == 2
     if what == "quantize":
@@ -196,16 +261,23 @@ def test_each_comparison_runs(what, monkeypatch, capsys, tmp_path):
 def test_the_table_of_a_gpu(monkeypatch):
     monkeypatch.setattr(training, "place", lambda: (torch.device("cpu"), True))
     monkeypatch.setattr(torch, "compile", lambda f: f)
-    monkeypatch.setitem(training.GPU_SHAPES, "15M", replace(TINY, tie_embeddings=True, max_seq_len=32))
+    tiny = replace(TINY, tie_embeddings=True, max_seq_len=32)
+    monkeypatch.setitem(training.GPU_SHAPES, "15M", tiny)
     monkeypatch.setitem(training.GPU_ROWS, "15M", 8)
     used = iter(range(0, 10 ** 10, 10 ** 9))
-    for name, said in {"memory_allocated": lambda: next(used), "max_memory_allocated": lambda: 5 * 10 ** 9,
-                       "reset_peak_memory_stats": lambda: None, "get_device_name": lambda: "NVIDIA L4",
-                       "get_device_properties": lambda i: SimpleNamespace(total_memory=24e9)}.items():
+    gpu = {
+        "memory_allocated": lambda: next(used),
+        "max_memory_allocated": lambda: 5 * 10 ** 9,
+        "reset_peak_memory_stats": lambda: None,
+        "get_device_name": lambda: "NVIDIA L4",
+        "get_device_properties": lambda i: SimpleNamespace(total_memory=24e9),
+    }
+    for name, said in gpu.items():
         monkeypatch.setattr(torch.cuda, name, said)
     told = []
     [t] = bench.train(rounds=1, shapes=["15M"], show=told.append)
     assert told == [t] and "2 x 32 tokens, NVIDIA L4" in t.title
     assert [row.more["peak memory"] for row in t.rows] == ["5.00 GB", "4.00 GB"]
     assert all(row.more["of data sheet"].endswith("%") for row in t.rows)
-    assert {row.name.split()[0] for row in t.rows} == {"transformers", "minillm"} and "121 TFLOP/s" in t.notes[-1]
+    assert {row.name.split()[0] for row in t.rows} == {"transformers", "minillm"}
+    assert "121 TFLOP/s" in t.notes[-1]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from minillm.data import (ENDOFTEXT, IGNORE, Rows, Windows, check_batch, clean, duplicates, encode_document, near_duplicates,
-                          overlap, quality, read_tokens, shingles, split_documents, write_tokens)
+from minillm.data import (ENDOFTEXT, IGNORE, Rows, Windows, check_batch, clean, duplicates,
+                          encode_document, near_duplicates, overlap, quality, read_tokens, shingles,
+                          split_documents, write_tokens)
 from minillm.tokenizer import Tokenizer
 from minillm.world import World
 
@@ -23,7 +24,8 @@ def tokenizer():
 
 def test_clean_fuzzed():
     rng = random.Random(0)
-    pieces = ["a", "e\u0301", " ", "\t", "\n", "\r", "\r\n", "\x85", "\u2028", "\x00", "\x0b", "\x0c", "\x1b", "\u200b", "\ufeff", "\u00a0", "🦙"]
+    pieces = ["a", "e\u0301", " ", "\t", "\n", "\r", "\r\n", "\x85", "\u2028",
+              "\x00", "\x0b", "\x0c", "\x1b", "\u200b", "\ufeff", "\u00a0", "🦙"]
     for _ in range(2000):
         text = clean("".join(rng.choices(pieces, k=rng.randrange(25))))
         assert clean(text) == text and text == text.strip() and "\n\n\n" not in text
@@ -31,7 +33,8 @@ def test_clean_fuzzed():
 
 
 @pytest.mark.parametrize("dirty, tidy", [
-    ("Zoe\u0308\r\nand\rI\u2028went", "Zoë\nand\nI\nwent"), ("\ufeffa \t\nb", "a\nb"), ("a\n\n\n\n b", "a\n\n b"),
+    ("Zoe\u0308\r\nand\rI\u2028went", "Zoë\nand\nI\nwent"), ("\ufeffa \t\nb", "a\nb"),
+    ("a\n\n\n\n b", "a\n\n b"),
     ("👩\u200d🚀", "👩\u200d🚀"), ("a\tb", "a\tb"), ("", "")])
 def test_clean(dirty, tidy):
     assert clean(dirty) == tidy
@@ -49,7 +52,8 @@ def test_near_duplicates_point_to_the_first():
 
 
 def test_shingles():
-    assert shingles("One, two three!", 2) == shingles("ONE two -- three", 2) != shingles("three two one", 2)
+    assert shingles("One, two three!", 2) == shingles("ONE two -- three", 2)
+    assert shingles("One, two three!", 2) != shingles("three two one", 2)
     assert len(shingles("one two three four five six", 5)) == 2 and len(shingles("one two", 5)) == 1
     assert len(shingles("你好吗朋友 abc", 2)) == 5
     assert overlap("one two three", shingles("zero one two", 2), 2) == 0.5
@@ -57,7 +61,8 @@ def test_shingles():
 
 def test_quality():
     assert sum(map(bool, map(quality, STORIES))) < 10 and quality("") == ["empty"] == quality(" \n")
-    assert quality("that fox and the owl have " * 20) == [] and quality("word " * 100)[0].startswith("different common words: 0")
+    assert quality("that fox and the owl have " * 20) == []
+    assert quality("word " * 100)[0].startswith("different common words: 0")
 
 
 # ---- split
@@ -66,11 +71,13 @@ def test_quality():
 def test_split_keeps_everything_once_and_in_order(share):
     rng = random.Random(0)
     for _ in range(100):
-        documents = [(name, "x" * rng.randrange(1, 50) + "\n" + "y" * rng.randrange(1, 2000)) for name in "aabbbbbbbc"]
+        documents = [(name, "x" * rng.randrange(1, 50) + "\n" + "y" * rng.randrange(1, 2000))
+                     for name in "aabbbbbbbc"]
         train, heldout = split_documents(documents, share)
         for name in "abc":
-            whole, kept, rest = ("".join(text for n, text in part if n == name) for part in (documents, train, heldout))
-            assert (kept + rest).split() == whole.split() or "".join((kept + rest).split()) == "".join(whole.split())
+            whole, kept, rest = ("".join(text for n, text in part if n == name)
+                                 for part in (documents, train, heldout))
+            assert "".join((kept + rest).split()) == "".join(whole.split())
             assert 0.9 * share < len(rest) / len(whole) < 2.1 * share + 0.05
 
 
@@ -95,12 +102,26 @@ def test_rows_see_each_document_once_an_epoch_in_new_order():
     documents = [[0, i % 7, i, 0][: 2 + i % 3] + [i] for i in range(103)]
     rows = Rows(documents, 4, seed=1)
     for first in 0, 25:
-        seen = Counter(tuple(row[row != IGNORE].tolist()) for i in range(first, first + 25) for row in rows[i][1])
-        assert sum(seen.values()) == 100 and max(seen.values()) == 1 and set(seen) <= {tuple(d[1:]) for d in documents}
-        assert all(row[row != IGNORE].tolist() == documents[j][1:] for row, j in zip(rows[first][1], rows.chosen(first)))
+        seen = Counter()
+        for i in range(first, first + 25):
+            seen.update(tuple(row[row != IGNORE].tolist()) for row in rows[i][1])
+        assert sum(seen.values()) == 100 and max(seen.values()) == 1
+        assert set(seen) <= {tuple(document[1:]) for document in documents}
+        for row, j in zip(rows[first][1], rows.chosen(first)):
+            assert row[row != IGNORE].tolist() == documents[j][1:]
     assert any(not torch.equal(rows[i][0], rows[i + 25][0]) for i in range(25))
     assert torch.equal(rows[30][1], Rows(documents, 4, seed=1)[30][1])
     assert any(rows[i][0].tolist() != Rows(documents, 4, seed=2)[i][0].tolist() for i in range(25))
+
+
+def test_rows_depend_on_the_number_of_the_batch_only():
+    """In any order, and asked again: each batch is the one that a fresh Rows gives."""
+    documents = [[0] * (2 + i % 9) + [i] for i in range(70)]           # 17 batches an epoch
+    rows = Rows(documents, 4, seed=3)
+    for i in 40, 0, 16, 17, 39, 0, 1_000_000, 40:
+        fresh = Rows(documents, 4, seed=3)
+        assert list(rows.chosen(i)) == list(fresh.chosen(i))
+        assert all(torch.equal(a, b) for a, b in zip(rows[i], fresh[i]))
 
 
 def test_rows_shift_and_fill():
@@ -138,7 +159,8 @@ def test_check_batch():
             ((ids[0], ids), ValueError, r"shape \(batch, time\).*\(2,\)"),
             ((ids[:, :0], ids[:, :0]), ValueError, r"got \(2, 0\)"),
             ((ids, ids[:1]), ValueError, "one shape"),
-            ((ids + 1, ids), ValueError, "inputs hold the id 4, but the vocabulary has the ids 0 to 3"),
+            ((ids + 1, ids), ValueError,
+             "inputs hold the id 4, but the vocabulary has the ids 0 to 3"),
             ((ids - 1, ids), ValueError, "inputs hold the id -1"),
             ((ids, ids + 9), ValueError, "targets hold the id 10"),
             ((ids, ids - 1), ValueError, "targets hold the id -1"),
@@ -157,10 +179,12 @@ def test_tokens_round_trip(tmp_path, tokenizer):
     end = tokenizer.special_tokens[ENDOFTEXT]
     expected = [end, *(i for text in documents for i in encode_document(text, tokenizer)[1:])]
     assert ids.tolist() == expected and len(ids) == n and ids.dtype == np.uint16
-    assert isinstance(ids, np.memmap) and not ids.flags.writeable and (ids == end).sum() == len(documents) + 1
+    assert isinstance(ids, np.memmap) and not ids.flags.writeable
+    assert (ids == end).sum() == len(documents) + 1
 
 
-@pytest.mark.parametrize("size, dtype", [(2**16 - 1, np.uint16), (2**16, np.uint32), (2**17, np.uint32)])
+@pytest.mark.parametrize("size, dtype", [(2**16 - 1, np.uint16), (2**16, np.uint32),
+                                         (2**17, np.uint32)])
 def test_width_of_ids(tmp_path, size, dtype):
     class Wide:
         n_vocab, special_tokens, vocab, pattern = size, {ENDOFTEXT: size - 1}, {}, ""
@@ -176,7 +200,8 @@ def test_failed_writing_leaves_the_old_file(tmp_path, tokenizer):
     path = tmp_path / "x.tokens"
     write_tokens(path, ["one"], tokenizer)
     before = path.read_bytes()
-    for documents, error in ((["two", 3], TypeError), ([], ValueError), ((1 / 0 for _ in "x"), ZeroDivisionError)):
+    for documents, error in ((["two", 3], TypeError), ([], ValueError),
+                             ((1 / 0 for _ in "x"), ZeroDivisionError)):
         with pytest.raises(error):
             write_tokens(path, documents, tokenizer)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -191,8 +216,10 @@ def test_any_damage_is_noticed(tmp_path, tokenizer):
     path = tmp_path / "x.tokens"
     write_tokens(path, STORIES[:2], tokenizer)
     whole, rng = path.read_bytes(), random.Random(0)
-    spoilt = [whole[:n] for n in (0, 1, 100, 256, 257, len(whole) - 1, len(whole) - 2)] + [whole + b"\0", whole + whole]
-    spoilt += [b"[]".ljust(300), b"{}".ljust(300), b"null".ljust(300), rng.randbytes(1000), b"text " * 100]
+    spoilt = [whole[:n] for n in (0, 1, 100, 256, 257, len(whole) - 1, len(whole) - 2)]
+    spoilt += [whole + b"\0", whole + whole]
+    spoilt += [b"[]".ljust(300), b"{}".ljust(300), b"null".ljust(300)]
+    spoilt += [rng.randbytes(1000), b"text " * 100]
     for _ in range(200):
         at = rng.randrange(256, len(whole))
         spoilt.append(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])

@@ -18,29 +18,43 @@ def transformers_copy(model):
 
     c = model.config
     copy = LlamaForCausalLM(Config(
-        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads, intermediate_size=c.hidden_dim, rms_norm_eps=c.norm_eps, max_position_embeddings=c.max_seq_len,
-        bos_token_id=None, eos_token_id=None))
+        vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
+        intermediate_size=c.hidden_dim, rms_norm_eps=c.norm_eps,
+        max_position_embeddings=c.max_seq_len, bos_token_id=None, eos_token_id=None))
 
     copy.load_state_dict(model.state_dict())
     add_fused_lm_head(copy, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     return copy.eval()
 
 
+def same(z):
+    """What stands for gathering from all processes, where there is one."""
+    return z
+
+
+ACCELERATOR = SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same)
+
+
 def trl_dpo(rows, policy, reference, beta, kind="sigmoid"):
-    """Loss and metrics of trl's DPOTrainer, with its own collator and its own log-probabilities of transformers' models."""
-    same = lambda z: z
+    """Loss and metrics of trl's DPOTrainer.
+
+    With its own collator and its own log-probabilities of transformers' models.
+    """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")          # about progress bars and names that will change
         from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
         policy, reference = transformers_copy(policy), transformers_copy(reference)
-        trainer = SimpleNamespace(               # what _compute_loss reads; a whole trainer wants a tokenizer, a data set and a folder
-            model=policy, ref_model=reference, accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same), beta=beta,
-            loss_types=[kind], loss_weights=[1.0], f_divergence_type="reverse_kl", ld_alpha=None, label_smoothing=0.0, use_weighting=False,
-            aux_loss_enabled=False, precompute_ref_logps=False, args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        # what _compute_loss reads; a whole trainer wants a tokenizer, a data set and a folder
+        trainer = SimpleNamespace(
+            model=policy, ref_model=reference, accelerator=ACCELERATOR, beta=beta,
+            loss_types=[kind], loss_weights=[1.0], f_divergence_type="reverse_kl", ld_alpha=None,
+            label_smoothing=0.0, use_weighting=False, aux_loss_enabled=False,
+            precompute_ref_logps=False, args=SimpleNamespace(gradient_checkpointing_kwargs=None),
             _metrics={"eval": defaultdict(list)}, _total_train_tokens=0, _tp_size=1)
-        loss = DPOTrainer._compute_loss(trainer, policy, DataCollatorForPreference(pad_token_id=7)(rows), return_outputs=False)
+        collated = DataCollatorForPreference(pad_token_id=7)(rows)
+        loss = DPOTrainer._compute_loss(trainer, policy, collated, return_outputs=False)
     return loss, {name: values[0] for name, values in trainer._metrics["eval"].items()}
 
 
@@ -82,18 +96,21 @@ def test_kto_equals_trl_given_the_same_zero():
     rows, policy, reference = ragged(2), tiny(2), tiny(3)
     p, r, _ = logprobs(rows, policy, reference)
     ids, mask = batch(rows)
-    copies, same, half = {"policy": transformers_copy(policy), "reference": transformers_copy(reference)}, lambda z: z, len(rows)
+    policy, reference = transformers_copy(policy), transformers_copy(reference)
     trainer = SimpleNamespace(
-        model=copies["policy"], ref_model=copies["reference"], accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
-        beta=0.3, loss_type="kto", aux_loss_enabled=False, precompute_ref_logps=False, calculate_KL=True, desirable_weight=1.0,
-        undesirable_weight=1.0, args=SimpleNamespace(gradient_checkpointing_kwargs=None), _metrics={"eval": defaultdict(list)},
-        _compute_kl_logps=lambda model, _: p if model is copies["policy"] else r, _total_train_tokens=0, _tp_size=1)
-    inputs = {"input_ids": ids, "completion_mask": mask.long(), "attention_mask": torch.ones_like(ids),
-              "label": [True] * half + [False] * half}
-    inputs["label"] = torch.tensor(inputs["label"])
+        model=policy, ref_model=reference, accelerator=ACCELERATOR, beta=0.3, loss_type="kto",
+        aux_loss_enabled=False, precompute_ref_logps=False, calculate_KL=True,
+        desirable_weight=1.0, undesirable_weight=1.0,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        _metrics={"eval": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+        _compute_kl_logps=lambda model, _: p if model is policy else r)
+    half = len(rows)
+    inputs = {"input_ids": ids, "completion_mask": mask.long(),
+              "attention_mask": torch.ones_like(ids),
+              "label": torch.tensor([True] * half + [False] * half)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loss = KTOTrainer._compute_loss(trainer, copies["policy"], inputs, return_outputs=False)
+        loss = KTOTrainer._compute_loss(trainer, policy, inputs, return_outputs=False)
     assert torch.isclose(kto_loss(*p.chunk(2), *r.chunk(2), 0.3), loss, atol=1e-4)
 
 
@@ -104,7 +121,8 @@ def test_orpo_equals_trl():
     p, _, n = logprobs(rows, policy, policy)
     ids, mask = batch(rows)
     with torch.no_grad():
-        means = ORPOTrainer.get_batch_logps(policy(ids), ids.masked_fill(~mask, -100), average_log_prob=True)
+        labels = ids.masked_fill(~mask, -100)
+        means = ORPOTrainer.get_batch_logps(policy(ids), labels, average_log_prob=True)
     assert torch.allclose(means, p / n, atol=1e-4)
     trainer = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
     odds, *_ = ORPOTrainer.odds_ratio_loss(trainer, *means.chunk(2))

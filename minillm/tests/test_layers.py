@@ -1,4 +1,4 @@
-"""What the chapter on RMSNorm and SwiGLU does not show: bad input, dtypes, extreme values, and the backward pass in bf16."""
+"""RMSNorm and SwiGLU: bad input, dtypes, extreme values, and the backward pass in bf16."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,10 @@ def test_not_floating_point(layer, dtype):
         layer(torch.ones(2, 8, dtype=dtype))
 
 
-@pytest.mark.parametrize("make", [lambda: RMSNorm(0), lambda: RMSNorm(8, eps=0.0), lambda: RMSNorm(8, eps=-1e-5),
-                                  lambda: RMSNorm(8, eps=float("nan")), lambda: SwiGLU(0, 8), lambda: SwiGLU(8, -1),
-                                  lambda: hidden_width(0), lambda: hidden_width(64, 0)])
+@pytest.mark.parametrize("make", [
+    lambda: RMSNorm(0), lambda: RMSNorm(8, eps=0.0), lambda: RMSNorm(8, eps=-1e-5),
+    lambda: RMSNorm(8, eps=float("nan")), lambda: SwiGLU(0, 8), lambda: SwiGLU(8, -1),
+    lambda: hidden_width(0), lambda: hidden_width(64, 0)])
 def test_bad_sizes(make):
     with pytest.raises(ValueError, match="got"):
         make()
@@ -49,7 +50,8 @@ def test_norm_keeps_the_dtype_of_the_stream(stream, weight):
 
 def test_norm_of_extreme_rows():
     norm = RMSNorm(4)
-    x = torch.tensor([[0.0, 0, 0, 0], [1e18, 1e18, 1e18, 1e18], [1e-30, 0, 0, 0]], requires_grad=True)
+    rows = [[0.0, 0, 0, 0], [1e18, 1e18, 1e18, 1e18], [1e-30, 0, 0, 0]]
+    x = torch.tensor(rows, requires_grad=True)
     y = norm(x)
     y.sum().backward()
     assert torch.equal(y[0], torch.zeros(4)) and torch.allclose(y[1], torch.ones(4))
@@ -66,16 +68,18 @@ def test_norm_passes_on_what_is_not_a_number():
 
 def test_gradients_in_bf16_are_those_of_float32_rounded():
     torch.manual_seed(0)
-    x, grad, norm = torch.randn(16, 512).bfloat16(), torch.randn(16, 512).bfloat16(), RMSNorm(512).bfloat16()
+    x, grad = torch.randn(16, 512).bfloat16(), torch.randn(16, 512).bfloat16()
+    norm = RMSNorm(512).bfloat16()
     low, high = x.clone().requires_grad_(), x.float().requires_grad_()
     norm(low).backward(grad)
     F.rms_norm(high, (512,), eps=norm.eps).backward(grad.float())
     assert (low.grad.float() - high.grad).norm() / high.grad.norm() < 0.005
-    assert torch.allclose(norm.weight.grad.float(), (grad.float() * norm(x).float()).sum(0), atol=0.1, rtol=0.02)
+    of_weight = (grad.float() * norm(x).float()).sum(0)
+    assert torch.allclose(norm.weight.grad.float(), of_weight, atol=0.1, rtol=0.02)
 
 
 def test_autocast_in_bf16():
-    """Under autocast the norm leaves a float32 stream as it is, and the matrix products give bf16."""
+    """Under autocast the norm keeps the float32 of the stream; the matrix products give bf16."""
     x = torch.randn(2, 3, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert RMSNorm(8)(x).dtype == torch.float32
@@ -84,7 +88,8 @@ def test_autocast_in_bf16():
 
 def test_names_and_shapes_are_those_of_hugging_face():
     shapes = {name: tuple(p.shape) for name, p in SwiGLU(8, 24).named_parameters()}
-    assert shapes == {"gate_proj.weight": (24, 8), "up_proj.weight": (24, 8), "down_proj.weight": (8, 24)}
+    assert shapes == {"gate_proj.weight": (24, 8), "up_proj.weight": (24, 8),
+                      "down_proj.weight": (8, 24)}
     assert {name: tuple(p.shape) for name, p in RMSNorm(8).named_parameters()} == {"weight": (8,)}
 
 

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from minillm.lora import TARGETS, LoraLinear, add_lora, load_lora, lora_state_dict, merge_lora, remove_lora, save_adapter
+from minillm.lora import (TARGETS, LoraLinear, add_lora, load_lora, lora_state_dict, merge_lora,
+                          remove_lora, save_adapter)
 from minillm.model import LlamaConfig
 from minillm.nf4 import to_nf4
 from minillm.tests.test_lora import adapted, model, same, snapshot
@@ -51,11 +52,15 @@ def without(state, part):
 
 
 BAD_STATES = [
-    (lambda s: {n: p[:2] if "lora_A" in n else p for n, p in s.items()}, r"lora_A.*\(4, 32\).*\(2, 32\)"),
-    (lambda s: lora_state_dict(adapted(rank=8)), r"\(4, 32\) in the model, \(8, 32\) in the adapter"),
-    (lambda s: without(s, "layers.1.mlp.down_proj.lora_B"), "down_proj.lora_B.weight is .* in the model, missing in the adapter"),
+    (lambda s: {n: p[:2] if "lora_A" in n else p for n, p in s.items()},
+     r"lora_A.*\(4, 32\).*\(2, 32\)"),
+    (lambda s: lora_state_dict(adapted(rank=8)),
+     r"\(4, 32\) in the model, \(8, 32\) in the adapter"),
+    (lambda s: without(s, "layers.1.mlp.down_proj.lora_B"),
+     "down_proj.lora_B.weight is .* in the model, missing in the adapter"),
     (lambda s: s | {"extra": torch.zeros(1)}, "extra is missing in the model"),
-    (lambda s: {n.removeprefix("base_model.model."): p for n, p in s.items()}, "missing in the adapter"),
+    (lambda s: {n.removeprefix("base_model.model."): p for n, p in s.items()},
+     "missing in the adapter"),
     (lambda s: {}, "missing in the adapter"),
 ]
 
@@ -80,7 +85,8 @@ def test_twice_is_refused():
 
 
 def test_tied_embeddings_are_refused_and_untied_ones_are_not():
-    tied = model(LlamaConfig(vocab_size=300, dim=32, n_layers=1, n_heads=4, hidden_dim=48, tie_embeddings=True))
+    tied = model(LlamaConfig(vocab_size=300, dim=32, n_layers=1, n_heads=4, hidden_dim=48,
+                             tie_embeddings=True))
     for target in ("lm_head", "embed_tokens"):
         with pytest.raises(ValueError, match=f"{target} shares its weight"):
             add_lora(tied, 4, 8, ["q_proj", target])

@@ -1,4 +1,8 @@
-"""Memory predicted is memory measured, and the tables follow from it."""
+"""Memory predicted is memory measured, and the tables follow from it.
+
+On the CPU measured means computed: the sizes of all tensors that are held at one time, whatever the
+processor. Where there is a GPU, what its allocator says is printed beside (pytest -rP).
+"""
 from dataclasses import replace
 from functools import partial
 
@@ -16,40 +20,57 @@ from minillm.train import TrainConfig, train_step
 
 S = LlamaConfig(vocab_size=1024, dim=128, n_layers=4, n_heads=4, hidden_dim=344)
 M = LlamaConfig(vocab_size=1024, dim=288, n_layers=6, n_heads=6, hidden_dim=768)
-CASES = {"S": (S, 4, 128), "M": (M, 4, 128), "grouped queries": (replace(S, n_kv_heads=2), 4, 128), "large vocabulary": (replace(S, vocab_size=4096), 2, 128),
-         "tied": (replace(S, vocab_size=4096, tie_embeddings=True), 2, 128), "long": (S, 1, 256), "few tokens": (M, 1, 8), "embeddings": (replace(S, vocab_size=8192), 1, 8),
-         "wide feed-forward": (LlamaConfig(vocab_size=128, dim=64, n_layers=2, n_heads=2, hidden_dim=768), 4, 128)}
+WIDE = LlamaConfig(vocab_size=128, dim=64, n_layers=2, n_heads=2, hidden_dim=768)
+CASES = {    # a shape, sequences, tokens of each
+    "S": (S, 4, 128),
+    "M": (M, 4, 128),
+    "grouped queries": (replace(S, n_kv_heads=2), 4, 128),
+    "large vocabulary": (replace(S, vocab_size=4096), 2, 128),
+    "tied": (replace(S, vocab_size=4096, tie_embeddings=True), 2, 128),
+    "long": (S, 1, 256),
+    "few tokens": (M, 1, 8),
+    "embeddings": (replace(S, vocab_size=8192), 1, 8),
+    "wide feed-forward": (WIDE, 4, 128),
+}
 
 
 def step_twice(c, b, t, precision, device, hand=True, muon=False, accumulate=1):
     """What peak_memory measures: a model, an optimizer, two steps of training."""
     config, model = TrainConfig(steps=2, warmup=1), Llama(c).to(device)
-    optimizer, forward = Muon(model, 2.0) if muon else AdamW(model), by_hand(model) if hand else model
+    optimizer = Muon(model, 2.0) if muon else AdamW(model)
+    forward = by_hand(model) if hand else model
     ids = torch.randint(c.vocab_size, (b, t + 1))
+    batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     for step in range(2):
-        train_step(forward, [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())] * accumulate, optimizer, step, config, precision, chunked_loss)
+        train_step(forward, [batch] * accumulate, optimizer, step, config, precision, chunked_loss)
 
 
 def as_on_a_gpu(q, k, v, padding=None):
     """attend, as it is on a GPU: no cast to float32."""
-    k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) if z.shape[1] < q.shape[1] else z for z in (k, v))
+    if k.shape[1] < q.shape[1]:
+        k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], dim=1) for z in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def check(case, precision, device, like=None, **settings):
+def predicted(case, precision, device, **settings):
     c, b, t = CASES[case]
-    predicted = memory.training_memory(c, b, t, precision, like or device, **settings)["peak"]
-    if like:                              # a CPU's kernel lays its result out otherwise, so that each block keeps a copy of it
-        predicted += c.n_layers * b * t * c.dim * memory.width(precision)
-    measured = memory.peak_memory(partial(step_twice, c, b, t, precision, device, like is None, **settings), device)
-    # An allocator rounds up, and kernels need something within. Where neither counts, all must be seen.
-    assert abs(predicted / measured - 1) < (0.1 if device == "cuda" else 0.03), f"predicted {predicted:,}, measured {measured:,}"
+    return memory.training_memory(c, b, t, precision, device, **settings)["peak"]
+
+
+def measured(case, precision, device, **settings):
+    work = partial(step_twice, *CASES[case], precision, device, **settings)
+    return memory.peak_memory(work, device)
+
+
+def check(expected, found):
+    """Within 3%: all that is larger than a few percent of the peak must be in the formula."""
+    assert abs(expected / found - 1) < 0.03, f"predicted {expected:,}, measured {found:,}"
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("case", CASES)
 def test_memory_predicted_is_memory_measured(case, precision):
-    check(case, precision, "cuda" if torch.cuda.is_available() else "cpu")
+    check(predicted(case, precision, "cpu"), measured(case, precision, "cpu"))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -57,21 +78,40 @@ def test_memory_predicted_is_memory_measured(case, precision):
 def test_the_formula_of_a_gpu_without_one(monkeypatch, case, precision):
     """With attention as it is there."""
     monkeypatch.setattr(attention, "attend", as_on_a_gpu)
-    check(case, precision, "cpu", like="cuda")
+    c, b, t = CASES[case]
+    # A CPU's kernel lays its result out otherwise, so that each block keeps a copy of it.
+    copies = c.n_layers * b * t * c.dim * memory.width(precision)
+    check(predicted(case, precision, "cuda") + copies, measured(case, precision, "cpu", hand=False))
 
 
-@pytest.mark.parametrize("case, settings", [("few tokens", {"muon": True}), ("grouped queries", {"muon": True}), ("M", {"accumulate": 2})])
+@pytest.mark.parametrize("case, settings", [
+    ("few tokens", {"muon": True}), ("grouped queries", {"muon": True}), ("M", {"accumulate": 2})])
 def test_memory_of_muon_and_of_several_batches_a_step(case, settings):
-    check(case, "float32", "cuda" if torch.cuda.is_available() else "cpu", **settings)
+    expected = predicted(case, "float32", "cpu", **settings)
+    check(expected, measured(case, "float32", "cpu", **settings))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_allocator_of_a_gpu_says(case, precision):
+    """Printed, not asserted: an allocator rounds up, and kernels need memory of their own."""
+    expected, found = predicted(case, precision, "cuda"), measured(case, precision, "cuda")
+    print(f"{case}, {precision}: predicted {expected:,}, measured {found:,} bytes")
 
 
 def test_each_moment_is_the_peak_of_some_shape():
-    """Else the tests above would not see a wrong term in it."""
+    """Otherwise the tests above would not see a wrong term in it."""
     found = set()
     for c, b, t in CASES.values():
         use = memory.training_memory(c, b, t, "float32", "cpu")
         forward = use["activations"]
-        found.add(max((forward + use["loss"], "loss"), (forward + use["temporaries"], "block"), (use["gradients"] + use["in the optimizer"], "optimizer"))[1])
+        moments = {
+            "loss": forward + use["loss"],
+            "block": forward + use["temporaries"],
+            "optimizer": use["gradients"] + use["in the optimizer"],
+        }
+        found.add(max(moments, key=moments.get))
     assert found == {"loss", "block", "optimizer"}
 
 
@@ -87,21 +127,34 @@ def test_what_is_held_is_counted_and_what_is_dropped_is_not():
     assert memory.peak_memory(lambda: [torch.zeros(1000).sum() for _ in range(3)]) < 5000
 
 
+def peak(c, batch, t=1024, precision="bf16"):
+    """The bytes of a step that accumulates several batches, on a GPU."""
+    return memory.training_memory(c, batch, t, precision, accumulate=2)["peak"]
+
+
 def test_presets_fit_and_nothing_larger_does():
     rows = memory.presets()
-    assert [row["GPU"].split(", ")[1] for row in rows] == [f"{n} GB" for n in (4, 8, 16, 24, 80)]
+    sizes = [row["GPU"].split(", ")[1] for row in rows]
+    assert sizes == [f"{n} GB" for n in (4, 8, 16, 24, 80)]
     for row, gigabytes in zip(rows, memory.GPUS):
         room = 0.9 * gigabytes
         c = next(c for c in memory.SHAPES if c.dim == int(row["wide"]))
         batch = int(row["batch"].split(" x ")[0])
         assert float(row["memory"].split()[0]) <= room + 0.05 and batch >= 4
-        assert memory.training_memory(c, 2 * batch, 1024, "bf16", accumulate=2)["peak"] > room * 2**30
+        assert peak(c, 2 * batch) > room * 2**30
         for larger in memory.SHAPES[memory.SHAPES.index(c) + 1:]:
-            assert memory.training_memory(larger, 4, 1024, "bf16", accumulate=2)["peak"] > room * 2**30
-    assert [round(count_parameters(c) / 1e6) for c in memory.SHAPES] == [15, 50, 110, 341, 1280]
-    c = memory.SHAPES[2]                                 # 110 M, by hand: 6 for each weight that multiplies, tied embeddings among them
-    flops = 6 * (12 * (4 * 768**2 + 3 * 768 * 2048) + 32000 * 768) + 12 * 12 * 768 * 1024
-    assert abs(memory.hours(c, 1024, 1e9, 80) * 3600 * 0.3 * 312e12 / (1e9 * flops) - 1) < 0.01
+            assert peak(larger, 4) > room * 2**30
+    millions = [round(count_parameters(c) / 1e6) for c in memory.SHAPES]
+    assert millions == [15, 50, 110, 341, 1280]
+
+
+def test_hours_by_hand():
+    """Of 110 M parameters: 6 operations per weight that multiplies, tied embeddings included."""
+    c = memory.SHAPES[2]
+    weights = 12 * (4 * 768**2 + 3 * 768 * 2048) + 32000 * 768
+    flops = 6 * weights + 12 * 12 * 768 * 1024
+    done = memory.hours(c, 1024, 1e9, 80) * 3600 * 0.3 * 312e12
+    assert abs(done / (1e9 * flops) - 1) < 0.01
 
 
 def test_the_size_gpu_takes_minutes_and_fits_where_it_is_said_to():
@@ -110,7 +163,9 @@ def test_the_size_gpu_takes_minutes_and_fits_where_it_is_said_to():
         assert float(row["24 GB"].split()[0]) < 10 and float(row["80 GB"].split()[0]) < 5
         assert float(row["memory"].split()[0]) < 0.9 * 8
         assert float(row["memory"].split()[0]) > 0.9 * 4 and row["4 GB"] == "too small"
-    dpo, c = SIZES["gpu"].dpo, SIZES["gpu"].stories.model           # rows of two answers to a question: 2 a pair, in float32, below 350 tokens
-    assert memory.training_memory(c, 2 * dpo.batch_size, 350, "float32", accumulate=2)["peak"] < 0.9 * 8 * 2**30
-    n, mean = SIZES["gpu"].stories.stories, float(base["tokens"].split()[0]) * 1e6 / SIZES["gpu"].stories.stories
+    size = SIZES["gpu"]
+    # Rows of two answers to a question: 2 for each pair, in float32, below 350 tokens.
+    assert peak(size.stories.model, 2 * size.dpo.batch_size, 350, "float32") < 0.9 * 8 * 2**30
+    n = size.stories.stories
+    mean = float(base["tokens"].split()[0]) * 1e6 / n
     assert 150 < mean < 200 and n == 300_800

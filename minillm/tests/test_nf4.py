@@ -7,9 +7,11 @@ from minillm.lora import add_lora, merge_lora
 from minillm.nf4 import NF4, NF4Linear, nf4_dequantize, nf4_quantize, to_nf4
 from minillm.tests.test_lora import ids, model
 
-PAPER = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-         -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]          # Dettmers et al. 2023, appendix E
+PAPER = [                                                      # Dettmers et al. 2023, appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 
 
 def test_nf4_has_the_values_of_the_paper():
@@ -32,7 +34,8 @@ def test_nf4_of_zeros_of_one_value_and_twice():
     for w in (torch.zeros(4, 32), torch.full((4, 32), -0.3), torch.full((2, 64), 1e-38)):
         back = nf4_dequantize(*nf4_quantize(w), w.shape)
         assert torch.allclose(back, w, atol=1e-7) and back.isfinite().all()
-    assert (nf4_quantize(torch.zeros(4, 32))[0] == 0x77).all()          # two indices of the value 0, not of 0 / 0
+    # two indices of the value 0, not of 0 / 0
+    assert (nf4_quantize(torch.zeros(4, 32))[0] == 0x77).all()
     w = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     once = nf4_dequantize(*nf4_quantize(w), w.shape)
     assert torch.equal(nf4_dequantize(*nf4_quantize(once), w.shape), once)
@@ -45,7 +48,8 @@ def test_gradients_pass_a_4_bit_layer_and_it_keeps_no_weight():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = packed(x)
     y.backward(torch.ones_like(y))
-    assert torch.allclose(y, x @ packed.weight.T, atol=1e-5) and torch.allclose(x.grad, torch.ones(5, 96) @ packed.weight, atol=1e-5)
+    assert torch.allclose(y, x @ packed.weight.T, atol=1e-5)
+    assert torch.allclose(x.grad, torch.ones(5, 96) @ packed.weight, atol=1e-5)
     assert sum(t.numel() for t in kept) < 64 * 96 / 2
     assert not list(packed.parameters())
 
@@ -58,7 +62,8 @@ def test_a_4_bit_base_can_be_merged():
             nn.init.normal_(p, std=0.1)
     before = m(ids())
     merge_lora(m)
-    assert (m(ids()) - before).abs().max() < 1e-4 and m.state_dict().keys() == model().state_dict().keys()
+    assert (m(ids()) - before).abs().max() < 1e-4
+    assert m.state_dict().keys() == model().state_dict().keys()
 
 
 def test_a_bias_has_no_place_in_4_bits():

@@ -8,7 +8,7 @@ from torch import nn
 from minillm.model import Llama, LlamaConfig
 from minillm.tests.test_train import Batches, settings, tiny, weights
 from minillm.optim import AdamW, Muon, orthogonalize
-from minillm.train import ahead, backward, clip_gradients, learning_rate, load_checkpoint, token_loss, train, TrainConfig
+from minillm.train import backward, clip_gradients, learning_rate, load_checkpoint, token_loss, train, TrainConfig
 
 
 def test_adamw_is_torchs():
@@ -150,19 +150,6 @@ def test_the_kernel_of_a_gpu_does_the_same_for_any_parameters(some):
                 getattr(optimizer, way)(names, 1e-2)
         ways.append(torch.cat([p.detach().flatten() for p in optimizer.params.values()]))
     assert torch.allclose(*ways, atol=1e-6) and len(names) > 2
-
-
-def test_batches_ahead_of_time_come_in_order_and_raise_where_they_belong():
-    def get(step):
-        if step == 5:
-            raise OSError("disk gone")
-        return 10 * step
-    seen = []
-    with pytest.raises(OSError, match="disk gone"):
-        for step, got in ahead(get, range(2, 9)):
-            seen.append((step, got))
-    assert seen == [(2, 20), (3, 30), (4, 40)]
-    assert [step for step, _ in ahead(get, range(6, 9))] == [6, 7, 8]
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 10), (1, 10, 24)])

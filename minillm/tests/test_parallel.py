@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.arc import stages
+from minillm.arc.sizes import SIZES
 from minillm.data import Rows
 from minillm.model import Llama, LlamaConfig
-from minillm.parallel import add_gradients, joined, my_rows, rank_and_world
+from minillm.parallel import Processes, add_gradients, joined, my_rows
 from minillm.storage import checkpoint
+from minillm.storage.shared import rank_and_world
 from minillm.train import TrainConfig, backward, token_loss, train
 
 CONFIG = LlamaConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=40)
@@ -34,7 +36,7 @@ def trained(folder, **settings):
     """The weights after six steps, and the losses. Processes begin with other weights: those of the first count."""
     m = model(rank_and_world()[0])
     config = TrainConfig(steps=6, lr=1e-2, warmup=2, bar=True, precision="float32", checkpoint=folder and str(folder), checkpoint_every=2, **settings)
-    history = train(m, batches(), config)
+    history = train(m, batches(), config, group=Processes())
     return {n: p.detach() for n, p in m.named_parameters()} | {z: torch.tensor([float(h[z]) for h in history]) for z in ("loss", "tokens")}
 
 
@@ -45,16 +47,18 @@ def gradients(wrap):
         wrapped, total = DistributedDataParallel(m), (batch[1] != -100).sum()
         (rank_and_world()[1] * token_loss(wrapped, *my_rows(batch)) / total).backward()
     else:
-        backward(m, [my_rows(batch)])
+        backward(m, [my_rows(batch)], add=Processes().sum)
         add_gradients(m.parameters())
     return {n: p.grad for n, p in m.named_parameters()}
 
 
 def stage(setattr=setattr):
     """The weights of a base model of a recipe cut to seconds."""
-    small = stages.STORIES
-    training = replace(small.training, steps=6, warmup=2, precision="float32")
-    setattr(stages, "STORIES", replace(small, model=replace(CONFIG, vocab_size=300, max_seq_len=512), training=training, stories=64))
+    cpu = SIZES["cpu"]
+    training = replace(cpu.stories.training, steps=6, warmup=2, precision="float32")
+    model = replace(CONFIG, vocab_size=300, max_seq_len=512)
+    stories = replace(cpu.stories, model=model, training=training, stories=64)
+    setattr(stages, "size", lambda: replace(cpu, stories=stories))
     return {n: p.detach() for n, p in stages.base(bar=False).model.named_parameters()}
 
 
@@ -67,7 +71,7 @@ def two(tmp_path_factory):
     """The folder in which two processes left what each run gave, a file a run, and what they printed."""
     folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr[-9000:]
     return folder, done.stdout
 

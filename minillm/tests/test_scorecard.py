@@ -5,19 +5,27 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minillm.arc import scorecard, stages
+from minillm.arc import scorecard
 from minillm.arc.sizes import SIZES
+from minillm.data import encode_document
+from minillm.model import Llama
+from minillm.tokenizer import Tokenizer
 from minillm.world import Setting, World
 from minillm.world.questions import exams
 from minillm.world.templates import HARBOUR
 
 
 def test_scorecard_counts_what_it_says():
-    """A model that knows every answer scores 1, one that knows none 0; an untrained one needs about log2(vocab) bits a token."""
+    """A model that knows every answer scores 1, one that knows none 0.
+
+    An untrained one needs about log2(vocab) bits per token.
+    """
     stage_stories = World().stories(40, "heldout")
-    assert 0 < scorecard.chance(stage_stories) < 0.3 and 0 <= scorecard.last_named(stage_stories) <= 1
-    tokenizer = stages.Tokenizer.train([s.text for s in stage_stories], 400)
-    model = stages.Llama(replace(stages.STORIES.model, vocab_size=400, max_seq_len=512))
+    texts = [s.text for s in stage_stories]
+    assert 0 < scorecard.chance(stage_stories) < 0.3
+    assert 0 <= scorecard.last_named(stage_stories) <= 1
+    tokenizer = Tokenizer.train(texts, 400)
+    model = Llama(replace(SIZES["cpu"].stories.model, vocab_size=400, max_seq_len=512))
     assert scorecard.consistency(model, stage_stories, tokenizer) == 0
 
     class Oracle(torch.nn.Module):
@@ -36,34 +44,58 @@ def test_scorecard_counts_what_it_says():
                 logits[row, torch.arange(n), torch.tensor(story[1:n + 1])] = 50.0
             return logits
 
-    documents = [stages.encode_document(s.text, tokenizer) for s in stage_stories]
+    documents = [encode_document(text, tokenizer) for text in texts]
     assert scorecard.consistency(Oracle(), stage_stories, tokenizer) == 1
-    assert scorecard.bits_per_byte(Oracle(), [s.text for s in stage_stories], tokenizer) < 1e-3
-    nats = sum(len(d) - 1 for d in documents) * torch.tensor(400.0).log()
-    size = sum(len(s.text.encode()) for s in stage_stories)
-    assert abs(scorecard.bits_per_byte(model, [s.text for s in stage_stories], tokenizer) * 0.6931 * size / nats - 1) < 0.05
+    assert scorecard.bits_per_byte(Oracle(), texts, tokenizer) < 1e-3
+    size = sum(len(text.encode()) for text in texts)
+    uniform = sum(len(d) - 1 for d in documents) * math.log2(400) / size
+    assert abs(scorecard.bits_per_byte(model, texts, tokenizer) / uniform - 1) < 0.05
 
 
 def test_answers_and_wins_are_counted(monkeypatch):
-    """Four models by their answers: always polite and right, always rude and right, always silent, and always polite and wrong."""
+    """Four models by their answers: polite and right, rude and right, silent, polite and wrong."""
     asked = exams(40)
-    said = {"polite": lambda q: q.answer("polite"), "rude": lambda q: q.answer("rude"), "silent": lambda q: "",
-            "lying": lambda q: q.answer("polite", None if q.value else "Nobody" if q.about == "holder" else "lies on the moon")}
-    monkeypatch.setattr(scorecard, "replies", lambda model, tokenizer, prompts, **_: [[said[model](q)] for _, q in asked])
+
+    def lie(q):
+        if q.value:
+            return q.answer("polite", None)
+        return q.answer("polite", "Nobody" if q.about == "holder" else "lies on the moon")
+
+    said = {
+        "polite": lambda q: q.answer("polite"),
+        "rude": lambda q: q.answer("rude"),
+        "silent": lambda q: "",
+        "lying": lie,
+    }
+
+    def replies(model, tokenizer, prompts, **_):
+        return [[said[model](q)] for _, q in asked]
+
+    monkeypatch.setattr(scorecard, "replies", replies)
     assert [scorecard.accuracy(model, None, asked) for model in said] == [1, 1, 0, 0]
-    assert scorecard.win_rate("polite", "rude", None, asked) == (1, 0) and scorecard.win_rate("rude", "polite", None, asked) == (0, 0)
-    assert scorecard.win_rate("rude", "rude", None, asked) == (0.5, 0) and scorecard.win_rate("rude", "silent", None, asked) == (1, 0)
-    said["half"] = lambda q: q.answer("polite" if asked.index(next(a for a in asked if a[1] is q)) % 2 else "rude")
+    assert scorecard.win_rate("polite", "rude", None, asked) == (1, 0)
+    assert scorecard.win_rate("rude", "polite", None, asked) == (0, 0)
+    assert scorecard.win_rate("rude", "rude", None, asked) == (0.5, 0)
+    assert scorecard.win_rate("rude", "silent", None, asked) == (1, 0)
+    polite = {id(q) for _, q in asked[1::2]}
+    said["half"] = lambda q: q.answer("polite" if id(q) in polite else "rude")
     share, half_width = scorecard.win_rate("half", "rude", None, asked)
-    assert share == 0.75 and abs(half_width - 1.96 * (0.0625 / 39 * 40 / 40) ** 0.5) < 1e-9
+    # 20 wins and 20 ties: each is 0.25 from the mean
+    assert share == 0.75 and abs(half_width - 1.96 * (0.25 ** 2 / 39) ** 0.5) < 1e-9
 
 
-@pytest.mark.parametrize("setting", (Setting(), SIZES["gpu"].stories.setting), ids=("plain", "rich"))
+RICH = SIZES["gpu"].stories.setting
+
+
+@pytest.mark.parametrize("setting", (Setting(), RICH), ids=("plain", "rich"))
 def test_bounds_are_those_of_the_trials(setting):
     floor, row = scorecard.bounds(setting)
     stories, *asked = scorecard.trials(setting)
-    assert [s.text for s in stories] == [s.text for s in World(setting=setting).stories(500, "heldout")]
+    drawn = World(setting=setting).stories(500, "heldout")
+    assert [s.text for s in stories] == [s.text for s in drawn]
     assert asked == [exams(500, setting=setting), exams(500, region=HARBOUR, setting=setting)]
-    assert abs(floor * math.log(2) * sum(len(s.text.encode()) for s in stories) + sum(s.logp for s in stories)) < 1e-6
+    size = sum(len(s.text.encode()) for s in stories)
+    assert abs(floor * math.log(2) * size + sum(s.logp for s in stories)) < 1e-6
     assert 0.1 < floor < 0.3 and row["bits/byte"] == f"{floor:.4f}"
-    assert all(0 < float(row[column].rstrip("%")) < 50 for column in ("consistency", "answers", "harbour"))
+    for column in "consistency", "answers", "harbour":
+        assert 0 < float(row[column].rstrip("%")) < 50

@@ -1,4 +1,5 @@
-"""What the notebook of instruction tuning cannot show: errors, random dialogues in Unicode and with the texts of special tokens, limits."""
+"""What the notebook of instruction tuning cannot show: errors, random dialogues in Unicode and with
+the texts of special tokens, limits."""
 import random
 
 import pytest
@@ -8,16 +9,20 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from minillm import sft
 from minillm.data import ENDOFTEXT, IGNORE
 from minillm.model import Llama, LlamaConfig
-from minillm.sft import (ASSISTANT, USER, Dialogues, check_dialogue, encode_dialogue, encode_prompt, finetune)
+from minillm.sft import (ASSISTANT, USER, Dialogues, check_dialogue, encode_dialogue,
+                         encode_prompt, finetune)
 from minillm.tokenizer import Tokenizer
 from minillm.train import TrainConfig, token_loss
-from minillm.world import questions
-from minillm.world import World
+from minillm.world import World, questions
 
 SPECIAL = (ENDOFTEXT, USER, ASSISTANT)
-CONFIG = LlamaConfig(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, max_seq_len=64)
-TEMPLATE = ("{{ '<|endoftext|>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content + '<|assistant|>' }}"
-            "{% else %}{% generation %}{{ m.content + '<|endoftext|>' }}{% endgeneration %}{% endif %}{% endfor %}")
+CONFIG = LlamaConfig(vocab_size=300, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48,
+                     max_seq_len=64)
+TEMPLATE = (
+    "{{ '<|endoftext|>' }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '<|user|>' + m.content + '<|assistant|>' }}"
+    "{% else %}{% generation %}{{ m.content + '<|endoftext|>' }}{% endgeneration %}{% endif %}"
+    "{% endfor %}")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +45,11 @@ def assistant(content):
 
 
 def random_text(rng, hostile):
-    alphabet = ["a", "Z", " ", "  ", "\n", "ë", "你", "🦙", "\u0301", "\x00", "'s", "12345", "<|", "|>"]
-    text = "".join(rng.choice(alphabet + ["<|use", "r|>", *SPECIAL] * hostile) for _ in range(rng.randint(1, 12)))
+    alphabet = ["a", "Z", " ", "  ", "\n", "ë", "你", "🦙", "\u0301", "\x00", "'s", "12345",
+                "<|", "|>"]
+    if hostile:
+        alphabet += ["<|use", "r|>", *SPECIAL]
+    text = "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 12)))
     return text if text.strip() else "x"
 
 
@@ -54,32 +62,40 @@ def random_dialogue(rng, hostile=True):
 
 
 def test_ids_and_mask_of_random_dialogues(tokenizer):
-    """Derived the other way round: cut the ids at the role tokens, and compare each part with its message."""
-    end, roles = tokenizer.special_tokens[ENDOFTEXT], {tokenizer.special_tokens[USER]: "user", tokenizer.special_tokens[ASSISTANT]: "assistant"}
+    """Derived the other way round: cut the ids at the role tokens, and compare each part with its
+    message."""
+    special = tokenizer.special_tokens
+    end, roles = special[ENDOFTEXT], {special[USER]: "user", special[ASSISTANT]: "assistant"}
     for seed in range(300):
         messages = random_dialogue(random.Random(seed))
         ids, mask = encode_dialogue(messages, tokenizer)
         assert len(ids) == len(mask) and ids[0] == end and not mask[0]
         starts = [i for i, token in enumerate(ids) if token in roles]
-        assert [roles[ids[i]] for i in starts] == [m["role"] for m in messages], "a message made a turn of its own"
+        assert [roles[ids[i]] for i in starts] == [m["role"] for m in messages], \
+            "a message made a turn of its own"
         for message, a, b in zip(messages, starts, [*starts[1:], len(ids)]):
             assert not mask[a], "the role token is given, not learnt"
             part, answer = ids[a + 1:b], message["role"] == "assistant"
             assert mask[a + 1:b] == [answer] * len(part)
-            assert (part[-1:] == [end]) == answer, "the end token belongs to answers, and to them only"
+            assert (part[-1:] == [end]) == answer, \
+                "the end token belongs to answers, and to them only"
             assert tokenizer.decode(part[:-1] if answer else part) == message["content"]
             assert end not in (part[:-1] if answer else part)
 
 
 def test_equals_the_template_in_jinja(tokenizer):
-    """transformers renders our template, tiktoken encodes it: the same ids; and the same characters are marked for learning."""
+    """transformers renders our template, tiktoken encodes it: the same ids; and the same characters
+    are marked for learning."""
     fast = tokenizer.to_tiktoken()
     for seed in range(100):
         messages = random_dialogue(random.Random(seed), hostile=False)
-        (text,), spans = render_jinja_template([messages], chat_template=TEMPLATE, return_assistant_tokens_mask=True)
+        (text,), spans = render_jinja_template([messages], chat_template=TEMPLATE,
+                                               return_assistant_tokens_mask=True)
         ids, mask = encode_dialogue(messages, tokenizer)
-        waiting = messages[-1]["role"] == "user"               # then the template goes on with <|assistant|>
-        assert fast.encode(text, allowed_special="all") == (encode_prompt(messages, tokenizer) if waiting else ids)
+        # then the template goes on with <|assistant|>
+        waiting = messages[-1]["role"] == "user"
+        expected = encode_prompt(messages, tokenizer) if waiting else ids
+        assert fast.encode(text, allowed_special="all") == expected
         learnt, marked = [i for i, m in zip(ids, mask) if m], []
         for a, b in spans[0]:
             marked += fast.encode(text[a:b], allowed_special="all")
@@ -109,15 +125,20 @@ def test_prompt_is_the_beginning_of_the_answered_dialogue(tokenizer):
     ([{"role": "user"}], "message 0 must be {"),
 ])
 def test_bad_dialogues(tokenizer, messages, words):
-    for function in check_dialogue, lambda m: encode_dialogue(m, tokenizer), lambda m: encode_prompt(m, tokenizer), \
-            lambda m: Dialogues([m], tokenizer, 1):
+    for function in (
+        check_dialogue,
+        lambda m: encode_dialogue(m, tokenizer),
+        lambda m: encode_prompt(m, tokenizer),
+        lambda m: Dialogues([m], tokenizer, 1),
+    ):
         with pytest.raises(ValueError, match=words):
             function(messages)
 
 
 def test_bad_contents(tokenizer):
     for content in None, 3, b"Hi", ["Hi"]:
-        with pytest.raises(TypeError, match="message 0 must be a str: got " + type(content).__name__):
+        words = "message 0 must be a str: got " + type(content).__name__
+        with pytest.raises(TypeError, match=words):
             encode_dialogue([user(content)], tokenizer)
     with pytest.raises(ValueError, match="surrogate"):
         encode_dialogue([user("\ud800")], tokenizer)
@@ -146,7 +167,8 @@ def test_targets_are_the_masks_shifted(tokenizer):
             ids, mask = encode_dialogue(dialogues[j], tokenizer)
             seen.add(j)
             expected = [token if learnt else IGNORE for token, learnt in zip(ids[1:], mask[1:])]
-            assert row[:len(ids) - 1] == ids[:-1] and wanted == expected + [IGNORE] * (len(wanted) - len(expected))
+            padding = [IGNORE] * (len(wanted) - len(expected))
+            assert row[:len(ids) - 1] == ids[:-1] and wanted == expected + padding
     assert len(seen) > 190
 
 
@@ -155,8 +177,10 @@ def test_unmasked_differs_in_targets_only(tokenizer):
     masked, unmasked = (Dialogues(dialogues, tokenizer, 5, masked=m) for m in (True, False))
     for i in range(8):
         (a, s), (b, t) = masked[i], unmasked[i]
-        assert torch.equal(a, b) and (t[s != IGNORE] == s[s != IGNORE]).all() and (s != IGNORE).sum() < (t != IGNORE).sum()
-        assert (t != IGNORE).sum(1).tolist() == [len(masked.documents[j]) - 1 for j in masked.chosen(i)]
+        assert torch.equal(a, b) and (t[s != IGNORE] == s[s != IGNORE]).all()
+        assert (s != IGNORE).sum() < (t != IGNORE).sum()
+        lengths = [len(masked.documents[j]) - 1 for j in masked.chosen(i)]
+        assert (t != IGNORE).sum(1).tolist() == lengths
 
 
 def test_dialogues_of_nothing_but_prompts(tokenizer, model):
@@ -166,35 +190,64 @@ def test_dialogues_of_nothing_but_prompts(tokenizer, model):
             Dialogues([good, [user("Hi")], good], tokenizer, 1, masked=masked)
     before = {n: p.clone() for n, p in model.named_parameters()}
     config = TrainConfig(steps=1, warmup=1, bar=False)
-    for wrong, words in (([[user("Hi")]], "no answer"), ([good, [user("Hi"), user("Hi")]], "message 1"), ([], "batch_size"),
-                         ([good, [user("long " * 100), assistant("Hi")]], r"dialogue 1 has \d+ tokens, more than max_seq_len=64")):
+    for wrong, words in (
+        ([[user("Hi")]], "no answer"),
+        ([good, [user("Hi"), user("Hi")]], "message 1"),
+        ([], "batch_size"),
+        ([good, [user("long " * 100), assistant("Hi")]],
+         r"dialogue 1 has \d+ tokens, more than max_seq_len=64"),
+    ):
         with pytest.raises(ValueError, match=words):
             finetune(model, wrong, tokenizer, config, batch_size=1)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "a refused dataset changed the model"
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), \
+        "a refused dataset changed the model"
 
 
 def test_longest_dialogue_that_fits(tokenizer, model):
-    for n, fits in (60, True), (61, False):                    # <|endoftext|> <|user|> x... <|assistant|> y <|endoftext|>, the last is target only
+    # <|endoftext|> <|user|> x... <|assistant|> y <|endoftext|>, the last is target only
+    for n, fits in (60, True), (61, False):
         dialogue = [user("\x00" * n), assistant("\x00")]
         assert len(encode_dialogue(dialogue, tokenizer)[0]) == n + 5
-        train = lambda: finetune(Llama(CONFIG), [dialogue], tokenizer, TrainConfig(steps=1, warmup=1, bar=False), batch_size=1)
+        arguments = Llama(CONFIG), [dialogue], tokenizer, TrainConfig(steps=1, warmup=1, bar=False)
         if fits:
-            assert train()[0]["tokens"] == 2
+            assert finetune(*arguments, batch_size=1)[0]["tokens"] == 2
         else:
-            with pytest.raises(ValueError, match="dialogue 0 has 66 tokens, more than max_seq_len=64"):
-                train()
+            words = "dialogue 0 has 66 tokens, more than max_seq_len=64"
+            with pytest.raises(ValueError, match=words):
+                finetune(*arguments, batch_size=1)
+
+
+def test_another_function_can_train(tokenizer, model):
+    """finetune hands it what train would get, and returns what it returns."""
+    called, config = [], TrainConfig(steps=1, warmup=1, bar=False)
+
+    def fit(*arguments):
+        called.append(arguments)
+        return [{"step": 0}]
+
+    dialogue = [user("Hi"), assistant("Hello!")]
+    history = finetune(model, [dialogue], tokenizer, config, batch_size=1, fit=fit)
+    (trained, batches, given), = called
+    assert history == [{"step": 0}] and trained is model and given is config
+    assert isinstance(batches, Dialogues) and batches.batch_size == 1
 
 
 def test_only_answers_teach(tokenizer):
-    """The loss of a batch is the cross-entropy of the answer's tokens and its end, and of nothing else."""
+    """The loss of a batch is the cross-entropy of the answer's tokens and its end, and of nothing
+    else."""
     torch.manual_seed(0)
     model = Llama(CONFIG)
     (_, targets), = [Dialogues([[user("abc"), assistant("de")]], tokenizer, 1)[0]]
     ids, mask = encode_dialogue([user("abc"), assistant("de")], tokenizer)
     logits = model(torch.tensor([ids[:-1]]))
-    expected = torch.nn.functional.cross_entropy(logits[0][mask[1:]], torch.tensor(ids[1:])[torch.tensor(mask[1:])], reduction="sum")
-    assert torch.isclose(token_loss(model, torch.tensor([ids[:-1]]), targets), expected, atol=1e-4)
+    answer = torch.tensor(mask[1:])
+    expected = torch.nn.functional.cross_entropy(
+        logits[0][answer], torch.tensor(ids[1:])[answer], reduction="sum")
+    loss = token_loss(model, torch.tensor([ids[:-1]]), targets)
+    assert torch.isclose(loss, expected, atol=1e-4)
 
 
 def test_names():
-    assert {"check_dialogue", "encode_dialogue", "encode_prompt", "Dialogues", "finetune", "replies", "reply"} <= set(sft.__all__)
+    public = {"check_dialogue", "encode_dialogue", "encode_prompt", "Dialogues", "finetune",
+              "replies", "reply"}
+    assert public <= set(sft.__all__)

@@ -16,7 +16,7 @@ import torch
 import minillm
 from minillm import __main__ as command
 from minillm.arc import cache, scorecard, stages
-from minillm.arc.sizes import SIZES
+from minillm.arc.sizes import SIZES, Size, size as size_in_use
 from minillm.gguf import read_gguf
 from minillm.hub import from_pretrained
 from minillm.storage.checkpoint import read_checkpoint
@@ -31,13 +31,16 @@ def cut(monkeypatch, size, folder):
     no two answers that a judge could rank, so the pairs are made of the true answers."""
     monkeypatch.setenv("MINILLM_CACHE", str(folder / "cache"))
     model = replace(size.stories.model, vocab_size=300, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=48, max_seq_len=2048)
-    training = replace(size.stories.training, steps=6, warmup=2, compile=False)
-    monkeypatch.setattr(stages, "STORIES", replace(size.stories, model=model, training=training, batch_size=16, stories=64))
-    monkeypatch.setattr(stages, "FILES", replace(size.files, model=replace(model, max_seq_len=64), training=training))
+    training = replace(size.stories.training, steps=6, warmup=2)
+    recipes = {"stories": replace(size.stories, model=model, training=training, batch_size=16,
+                                  stories=64, compiling=False),
+               "files": replace(size.files, model=replace(model, max_seq_len=64),
+                                training=training, compiling=False)}
     for name in "chat", "lora", "dpo":
         recipe = getattr(size, name)
-        recipe = replace(recipe, training=replace(recipe.training, steps=3, warmup=1, compile=False), examples=48, batch_size=16)
-        monkeypatch.setattr(stages, name.upper(), recipe)
+        recipes[name] = replace(recipe, training=replace(recipe.training, steps=3, warmup=1),
+                                examples=48, batch_size=16, compiling=False)
+    monkeypatch.setattr(stages, "size", lambda: Size(**recipes))
     monkeypatch.setattr(stages, "sample_pairs", lambda model, tokenizer, prompts, judge, **_: [
         (messages, q.answer("polite"), q.answer("rude")) for messages, q in prompts])
     trials = scorecard.trials.__wrapped__
@@ -53,7 +56,7 @@ def small(monkeypatch, tmp_path):
 def test_a_stage_is_built_once(small, monkeypatch):
     """And it is the same when it is loaded, adapter included; the base is not what a later stage changed."""
     first = {name: getattr(stages, name)(bar=False) for name in STAGES}
-    monkeypatch.setattr(stages, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(stages, "fit", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(stages, "finetune", lambda *_: pytest.fail("tuned again"))
     second = {name: getattr(stages, name)(bar=False) for name in STAGES}
     ids = torch.randint(300, (2, 40))
@@ -89,25 +92,27 @@ def test_the_key_of_a_stage_covers_all_code_that_its_code_imports(stage, monkeyp
 
 def test_a_stage_is_built_anew_when_the_one_before_it_changes(small, monkeypatch):
     before = stages.chat(bar=False).key
-    monkeypatch.setattr(stages, "STORIES", replace(stages.STORIES, seed=1))
+    changed = replace(stages.size(), stories=replace(stages.size().stories, seed=1))
+    monkeypatch.setattr(stages, "size", lambda: changed)
     assert stages.chat(bar=False).key != before
 
 
 def test_one_story_in_25_is_from_the_harbour():
-    texts = stages.training_texts(replace(stages.STORIES, stories=100))
+    texts = stages.training_texts(replace(size_in_use().stories, stories=100))
     assert [any(place in text for place in HARBOUR.places) for text in texts] == [i % 25 == 24 for i in range(100)]
 
 
 def test_settings_text_and_code_are_in_the_key(small, monkeypatch):
-    other = replace(stages.STORIES, training=replace(stages.STORIES.training, lr=1e-4))
-    rich = replace(stages.STORIES, setting=SIZES["gpu"].stories.setting)
-    mute = replace(stages.STORIES, training=replace(stages.STORIES.training, bar=False, floor=1.0))
-    text = replace(stages.STORIES, texts=(("a", "b"),))
-    assert len({cache.key(r) for r in (stages.STORIES, other, text, rich)}) == 4
-    assert cache.key(mute) == cache.key(stages.STORIES)
-    before = cache.key(stages.STORIES)
+    recipe = stages.size().stories
+    other = replace(recipe, training=replace(recipe.training, lr=1e-4))
+    rich = replace(recipe, setting=SIZES["gpu"].stories.setting)
+    mute = replace(recipe, training=replace(recipe.training, bar=False, floor=1.0))
+    text = replace(recipe, texts=(("a", "b"),))
+    assert len({cache.key(r) for r in (recipe, other, text, rich)}) == 4
+    assert cache.key(mute) == cache.key(recipe)
+    before = cache.key(recipe)
     monkeypatch.setattr(cache, "code_of", lambda module: module + "changed")
-    assert cache.key(stages.STORIES) != before
+    assert cache.key(recipe) != before
 
 
 def test_the_command_builds_every_stage_and_its_row(small, capsys):
@@ -163,15 +168,30 @@ def test_each_prompt_has_a_seed_of_its_own(small, monkeypatch):
     assert seeds[0] == seeds[2] != seeds[1]
 
 
-def test_who_waits_for_another_process_is_told_so(tmp_path, capsys):
-    hold = f"from filelock import FileLock; import time; lock = FileLock({str(tmp_path / 'lock')!r}); lock.acquire(); print(); time.sleep(1)"
+def test_who_waits_for_another_process_is_told_so(tmp_path, monkeypatch):
+    """The other one lets go when this one says that it waits."""
+    hold = f"""if True:
+        import sys
+        from filelock import FileLock
+        lock = FileLock({str(tmp_path / 'lock')!r})
+        lock.acquire()
+        print()
+        sys.stdin.read()"""
+    said = []
+
+    def heard(*words, **_):
+        said.append(words)
+        other.stdin.close()
+
+    monkeypatch.setattr(cache, "print", heard, raising=False)
     with cache.only_builder(tmp_path / "lock", "base"):
-        assert capsys.readouterr().out == ""
-    with subprocess.Popen([sys.executable, "-uc", hold], stdout=subprocess.PIPE) as other:
+        assert said == []
+    with subprocess.Popen([sys.executable, "-uc", hold], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with cache.only_builder(tmp_path / "lock", "base"):
-            assert capsys.readouterr().out == "Another process is at the stage base: waiting for it.\n"
-            other.wait(0.5)          # it has let go, or would sleep on
+            assert said == [("Another process is at the stage base: waiting for it.",)]
+
 
 
 @pytest.mark.parametrize("prompt, word", [("", "empty"), (" \n", "empty"), ("Where is Ida? " * 300, "2048")])
@@ -221,23 +241,40 @@ def test_control_c_keeps_a_checkpoint_and_the_same_command_goes_on(small):
     """The real command, interrupted: it says so, leaves a checkpoint, and a new start begins at that step."""
     file = small / "milk.txt"
     file.write_text(TEXT * 3, encoding="utf-8")
-    program = ("import sys; from dataclasses import replace; from minillm import __main__ as c; from minillm.arc import stages; f = stages.FILES;"
-               "m = replace(f.model, vocab_size=300, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden_dim=48, max_seq_len=64);"
-               "stages.FILES = replace(f, model=m, training=replace(f.training, steps=int(sys.argv[1]), warmup=2)); sys.exit(c.main(sys.argv[2:]))")
+    program = """if True:
+        import sys
+        from dataclasses import replace
+        from minillm import __main__ as command
+        from minillm.arc import sizes, stages
+        size = sizes.SIZES["cpu"]
+        model = replace(size.files.model, vocab_size=300, dim=32, n_layers=1, n_heads=2,
+                        n_kv_heads=1, hidden_dim=48, max_seq_len=64)
+        training = replace(size.files.training, steps=int(sys.argv[1]), warmup=2,
+                           checkpoint_every=20)
+        files = replace(size.files, model=model, training=training)
+        stages.size = lambda: replace(size, files=files)
+        sys.exit(command.main(sys.argv[2:]))"""
     run = [sys.executable, "-u", "-c", program, "1000000", "--text", str(file)]
+
+    def newest():
+        """The last step that is in a checkpoint, -1 if there is none."""
+        files = (small / "cache").rglob("step-*.safetensors")
+        return max((int(path.stem.removeprefix("step-")) for path in files), default=-1)
 
     def interrupted():
         """The history in the newest checkpoint that an interrupted run leaves."""
-        process = subprocess.Popen(run, env=dict(os.environ, MINILLM_CACHE=str(small / "cache")), stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if "Before training" in line:
-                break
-        time.sleep(3)
+        before, end = newest(), time.monotonic() + 300
+        process = subprocess.Popen(run, env=dict(os.environ, MINILLM_CACHE=str(small / "cache")),
+                                   stdout=subprocess.PIPE, text=True)
+        while newest() == before:                   # until it trains, and has written one more
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=60)[0]
+        rest = process.communicate(timeout=300)[0]
         assert process.returncode == 130 and "same command" in rest
-        return read_checkpoint(max((small / "cache").rglob("step-*.safetensors")))[1]      # the one before it is kept too
+        path = max((small / "cache").rglob("step-*.safetensors"))       # the one before it is kept
+        return read_checkpoint(path)[1]
 
     first, second = interrupted(), interrupted()
     assert first and len(second) > len(first)
-    assert second[:len(first)] == first, "the second start began anew: the seconds of its first steps differ"
+    assert second[:len(first)] == first, "the second start began anew: its first seconds differ"

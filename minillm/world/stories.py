@@ -1,32 +1,40 @@
-"""The story world: a probabilistic program that simulates a few animals and writes down what happens.
+"""The story world: a probabilistic program that simulates a few animals and writes what happens.
 
-Every choice draws from a known distribution and leaves its own trace in the text, so that one text comes from one
-sequence of choices, and -log p(story) is the sum over its choices. The mean of that sum over stories is the entropy
-of the source: the loss that no model can get below. The tests prove both by enumeration.
+Every choice draws from a known distribution and leaves its own trace in the text, so that one text
+comes from one sequence of choices, and -log p(story) is the sum over its choices. The mean of that
+sum over stories is the entropy of the source: the loss that no model can get below. The tests check
+both by enumeration.
 """
 import math
 import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from minillm.world.templates import DAYS, EVENTS, FIRST, FOUND, LIES, LINKS, OTHER, OWNED, VALLEY, WEATHER, WITH
+from minillm.world.templates import (
+    DAYS, EVENTS, FIRST, FOUND, LIES, LINKS, OTHER, OWNED, VALLEY, WEATHER, WITH, Region)
 
 
 @dataclass(frozen=True)
 class Setting:
     """How hard a story is: inclusive ranges of how many characters, objects and events it has."""
 
-    characters: tuple = (2, 2)
-    objects: tuple = (1, 1)
-    events: tuple = (3, 6)
+    characters: tuple[int, int] = (2, 2)
+    objects: tuple[int, int] = (1, 1)
+    events: tuple[int, int] = (3, 6)
 
 
-MOVES, PASSES = ("walk", "carry", "visit", "bring", "take"), ("bring", "give", "take", "drop")   # change a place, a holder
+PLAIN = Setting()
+MOVES = ("walk", "carry", "visit", "bring", "take")      # events that change where a character is
+PASSES = ("bring", "give", "take", "drop")               # events that change who has a thing
 
 
 @dataclass(eq=False)
 class Character:
+    """An animal of a story, and where it is now."""
+
     name: str
-    pronouns: tuple          # she, her, her / he, his, him
+    pronouns: tuple[str, str, str]     # she, her, her / he, his, him
     trait: str
     kind: str
     place: str
@@ -34,38 +42,41 @@ class Character:
 
 @dataclass(eq=False)
 class Thing:
+    """A thing of a story, and who has it now or where it lies."""
+
     colour: str
     noun: str
     holder: Character | None
-    place: str | None        # where it lies, None while someone holds it
+    place: str | None                  # where it lies, None while someone holds it
 
     @property
-    def name(self):
+    def name(self) -> str:
         return f"the {self.colour} {self.noun}"
 
 
 @dataclass
 class Story:
-    """A story, the facts at its end, and the log-probability (nats) with which the world tells it."""
+    """A story, the facts at its end, and the log-probability (nats) with which it is told."""
 
     text: str
     logp: float
-    characters: list
-    things: list
+    characters: list[Character]
+    things: list[Thing]
     asked: Thing
-    places: list = field(default_factory=list)   # every place that the text names, in order
+    places: list[str] = field(default_factory=list)      # every place that the text names, in order
 
     @property
-    def question(self):
-        """The story up to "So now the blue kite is": what is left can only be known by tracking the state."""
+    def question(self) -> str:
+        """The story up to "So now the blue kite", after which one has to know its state."""
         return self.text[: self.text.rindex(self.asked.name) + len(self.asked.name)]
 
     @property
-    def answer(self):
+    def answer(self) -> str:
+        """What follows the question: " is with Vera, by the river."."""
         return self.text[len(self.question):]
 
     @property
-    def told(self):
+    def told(self) -> str:
         """The story without its last sentence, which gives the state away."""
         return self.text[: self.text.rindex(" So now ")]
 
@@ -75,37 +86,49 @@ class Impossible(Exception):
 
 
 class Teller:
-    """Makes the choices and writes the text: drawn from `rng`, or replayed from `script` (indices; 0 past its end)."""
+    """Makes the choices and writes the text.
 
-    def __init__(self, rng=None, script=(), wanted=None):
+    Choices are drawn from `rng`, or replayed from `script` (indices; 0 past its end). `trail` has
+    each choice as (index, number of options), and `logp` the sum of their log-probabilities (nats).
+    """
+
+    def __init__(self, rng: random.Random | None = None, script: Sequence[int] = (),
+                 wanted: str | None = None):
         self.rng, self.script, self.wanted = rng, script, wanted
         self.trail, self.logp, self.text = [], 0.0, ""
 
-    def pick(self, options, weights=None):
+    def pick(self, options: Sequence, weights: Sequence[float] | None = None) -> Any:
+        """One of the options, in proportion to the weights (None: all alike)."""
         n = len(options)
-        if self.rng:
-            i = int(self.rng.random() * n) if weights is None else self.rng.choices(range(n), weights)[0]
+        if self.rng and weights is None:
+            i = int(self.rng.random() * n)
+        elif self.rng:
+            i = self.rng.choices(range(n), weights)[0]
         else:
             i = self.script[len(self.trail)] if len(self.trail) < len(self.script) else 0
         self.trail.append((i, n))
         self.logp += -math.log(n) if weights is None else math.log(weights[i] / sum(weights))
         return options[i]
 
-    def say(self, sentence):
+    def say(self, sentence: str) -> None:
+        """Append a sentence. Raises Impossible if the text then leaves the one that is wanted."""
         self.text += " " + sentence if self.text else sentence
         if self.wanted is not None and not self.wanted.startswith(self.text):
             raise Impossible
 
 
-def with_article(words):
+def with_article(words: str) -> str:
+    """The words with "a " or "an " before them."""
     return ("an " if words[0] in "aeiou" or words.startswith("honest") else "a ") + words
 
 
-def capital(words):
+def capital(words: str) -> str:
+    """The words with a capital first letter."""
     return words[0].upper() + words[1:]
 
 
-def without(items, *taken):
+def without(items: Iterable, *taken: Any) -> list:
+    """The items that are not among those taken."""
     return [x for x in items if x not in taken]
 
 
@@ -117,25 +140,36 @@ class World:
     True
     """
 
-    def __init__(self, region=VALLEY, setting=Setting()):
+    def __init__(self, region: Region = VALLEY, setting: Setting = PLAIN):
         most = setting.characters[1]
-        if len(region.places) < 2 or min(len(region.she + region.he), len(region.traits), len(region.kinds)) < most:
-            raise ValueError(f"a region needs at least 2 places, and names, traits and kinds for {most} characters: got "
-                             f"{len(region.places)}, {len(region.she + region.he)}, {len(region.traits)} and {len(region.kinds)}")
-        if min(len(region.colours), len(region.things)) < setting.objects[1]:
-            raise ValueError(f"a region needs colours and things for {setting.objects[1]} objects: got {len(region.colours)} and {len(region.things)}")
+        names = region.she + region.he
+        if len(region.places) < 2 or min(len(names), len(region.traits), len(region.kinds)) < most:
+            raise ValueError(f"a region needs at least 2 places, and names, traits and kinds for "
+                             f"{most} characters: got {len(region.places)}, {len(names)}, "
+                             f"{len(region.traits)} and {len(region.kinds)}")
+        most = setting.objects[1]
+        if min(len(region.colours), len(region.things)) < most:
+            raise ValueError(f"a region needs colours and things for {most} objects: got "
+                             f"{len(region.colours)} and {len(region.things)}")
         self.region, self.setting = region, setting
 
-    def sample(self, seed, split="train"):
-        """The story with this seed. `split` ("train" or "heldout") is part of the seed, so the two never share one."""
+    def sample(self, seed: int | str, split: str = "train") -> Story:
+        """The story with this seed.
+
+        `split` ("train" or "heldout") is part of the seed, so the two never share one.
+        """
         return self.tell(Teller(random.Random(f"{split} {seed}")))
 
-    def stories(self, n, split="train", start=0):
+    def stories(self, n: int, split: str = "train", start: int = 0) -> list[Story]:
+        """The n stories with the seeds from `start` on."""
         return [self.sample(seed, split) for seed in range(start, start + n)]
 
-    def enumerate(self, wanted=None):
-        """Every story that the world can tell, by depth-first search over the choices; with `wanted`, every way to tell
-        that text (the search turns back at the first word that differs). Small settings only without `wanted`."""
+    def enumerate(self, wanted: str | None = None) -> Iterator[Story]:
+        """Every story that the world can tell, by depth-first search over the choices.
+
+        With `wanted`, every way to tell that text: the search turns back at the first word that
+        differs. Without it, for small settings only.
+        """
         script = []
         while True:
             teller = Teller(script=script, wanted=wanted)
@@ -145,85 +179,118 @@ class World:
                     yield story
             except Impossible:
                 pass
-            script = teller.trail
-            while script and script[-1][0] == script[-1][1] - 1:
-                script.pop()
-            if not script:
+            # The next script: drop the choices that were at their last option, and advance the one
+            # before them.
+            trail = teller.trail
+            while trail and trail[-1][0] == trail[-1][1] - 1:
+                trail.pop()
+            if not trail:
                 return
-            script = [i for i, _ in script]
+            script = [i for i, _ in trail]
             script[-1] += 1
 
-    def logprob(self, text):
+    def logprob(self, text: str) -> float:
         """Log-probability (nats) of a text under the world, -inf if it cannot be told."""
         ways = [story.logp for story in self.enumerate(wanted=text)]
         return math.log(sum(math.exp(w) for w in ways)) if ways else -math.inf
 
-    def tell(self, t):
-        r, s = self.region, self.setting
+    def tell(self, t: Teller) -> Story:
+        """The story that the choices of a Teller make."""
+        setting = self.setting
         scene = Scene(t)
-        for _ in range(t.pick(range(s.characters[0], s.characters[1] + 1))):
+        for _ in range(pick_number(t, setting.characters)):
             self.introduce(t, scene)
-        for _ in range(t.pick(range(s.objects[0], s.objects[1] + 1))):
+        for _ in range(pick_number(t, setting.objects)):
             self.place_thing(t, scene)
         opening = t.pick(DAYS).format(t.pick(WEATHER)) + ", "
-        for _ in range(t.pick(range(s.events[0], s.events[1] + 1))):
-            scene.happen(opening, r.places)
+        for _ in range(pick_number(t, setting.events)):
+            scene.happen(opening, self.region.places)
             opening = None
         asked = t.pick(scene.things)
         holder = asked.holder
-        place = holder.place if holder else asked.place
-        t.say((WITH if holder else LIES).format(T=asked.name, name=holder and holder.name, P=place))
+        if holder:
+            t.say(WITH.format(T=asked.name, name=holder.name, P=holder.place))
+        else:
+            t.say(LIES.format(T=asked.name, P=asked.place))
         return Story(t.text, t.logp, scene.people, scene.things, asked, scene.places)
 
-    def introduce(self, t, scene):
-        r, people = self.region, scene.people
-        name = t.pick(without(r.she + r.he, *(p.name for p in people)))
-        person = Character(name, ("she", "her", "her") if name in r.she else ("he", "his", "him"),
-                           t.pick(without(r.traits, *(p.trait for p in people))),
-                           t.pick(without(r.kinds, *(p.kind for p in people))), t.pick(r.places))
-        article = with_article(person.trait)
-        she, her, _ = person.pronouns
-        t.say(t.pick(OTHER if people else FIRST).format(
-            name=name, kind=person.kind, trait=person.trait, P=person.place, she=she, She=capital(she), Her=capital(her),
-            a=article, A=capital(article)))
-        people.append(person)
-        scene.places.append(person.place)
+    def introduce(self, t: Teller, scene: "Scene") -> None:
+        """A new character, who differs from the others in name, trait and kind."""
+        region, people = self.region, scene.people
+        name = t.pick(without(region.she + region.he, *(p.name for p in people)))
+        trait = t.pick(without(region.traits, *(p.trait for p in people)))
+        kind = t.pick(without(region.kinds, *(p.kind for p in people)))
+        place = t.pick(region.places)
+        pronouns = ("she", "her", "her") if name in region.she else ("he", "his", "him")
+        she, her, _ = pronouns
+        article = with_article(trait)
+        sentence = t.pick(OTHER if people else FIRST)
+        t.say(sentence.format(name=name, kind=kind, trait=trait, P=place, a=article,
+                              A=capital(article), she=she, She=capital(she), Her=capital(her)))
+        people.append(Character(name, pronouns, trait, kind, place))
+        scene.places.append(place)
 
-    def place_thing(self, t, scene):
-        r = self.region
-        colour = t.pick(without(r.colours, *(x.colour for x in scene.things)))
-        noun = t.pick(without(r.things, *(x.noun for x in scene.things)))
+    def place_thing(self, t: Teller, scene: "Scene") -> None:
+        """A new thing, with an owner or lying somewhere; no other has its color or its kind."""
+        region = self.region
+        colour = t.pick(without(region.colours, *(x.colour for x in scene.things)))
+        noun = t.pick(without(region.things, *(x.noun for x in scene.things)))
         owner = t.pick([*scene.people, None], [3] * len(scene.people) + [2])
-        place = None if owner else t.pick(r.places)
+        place = None if owner else t.pick(region.places)
         article = with_article(colour)
-        t.say(t.pick(OWNED if owner else FOUND).format(
-            name=owner and owner.name, thing=noun, P=place, a=article, A=capital(article)))
+        sentence = t.pick(OWNED if owner else FOUND)
+        t.say(sentence.format(name=owner and owner.name, thing=noun, P=place, a=article,
+                              A=capital(article)))
         scene.things.append(Thing(colour, noun, owner, place))
-        scene.places += [place] if place else []
+        if place:
+            scene.places.append(place)
+
+
+def pick_number(t: Teller, bounds: tuple[int, int]) -> int:
+    """A number from the inclusive range, all equally likely."""
+    low, high = bounds
+    return t.pick(range(low, high + 1))
 
 
 class Scene:
-    """The state of a story: who is where and has what; `happen` changes it and says so."""
+    """The state of a story: who is where and has what. `happen` changes it and says so."""
 
-    def __init__(self, teller):
-        self.t, self.people, self.things, self.places, self.subject = teller, [], [], [], None
+    def __init__(self, teller: Teller):
+        self.t = teller
+        self.people, self.things, self.places = [], [], []
+        self.subject = None            # who acted in the event before: the one a pronoun means
 
-    def possible(self, who):
-        """What `who` can do now: {event: the pairs (other character, thing) that it can be done with}."""
+    def possible(self, who: Character) -> dict[str, list[tuple[Character | None, Thing | None]]]:
+        """What `who` can do now: {event: pairs (other character, thing) it can be done with}."""
         others = without(self.people, who)
         near = [p for p in others if p.place == who.place]
         far = without(others, *near)
         mine = [x for x in self.things if x.holder is who]
-        return {"walk": [(None, None)], "carry": [(None, x) for x in mine], "visit": [(o, None) for o in far],
-                "bring": [(o, x) for o in far for x in mine], "give": [(o, x) for o in near for x in mine],
-                "drop": [(None, x) for x in mine], "take": [(None, x) for x in self.things if x.place], "rest": [(None, None)],
-                "play": [(None, x) for x in mine], "greet": [(o, None) for o in near], "muse": [(None, None)],
-                "who": [(x.holder, x) for x in self.things if x.holder in others], "where": [(o, None) for o in far],
-                "lost": [(None, x) for x in self.things if x.place]}
+        lying = [x for x in self.things if x.place]
+        return {
+            "walk": [(None, None)],
+            "carry": [(None, x) for x in mine],
+            "visit": [(o, None) for o in far],
+            "bring": [(o, x) for o in far for x in mine],
+            "give": [(o, x) for o in near for x in mine],
+            "drop": [(None, x) for x in mine],
+            "take": [(None, x) for x in lying],
+            "rest": [(None, None)],
+            "play": [(None, x) for x in mine],
+            "greet": [(o, None) for o in near],
+            "muse": [(None, None)],
+            "who": [(x.holder, x) for x in self.things if x.holder in others],
+            "where": [(o, None) for o in far],
+            "lost": [(None, x) for x in lying],
+        }
 
-    def happen(self, opening, all_places):
+    def happen(self, opening: str | None, all_places: Sequence[str]) -> None:
+        """One event: who does what, with whom and where; then the state after it.
+
+        opening: what the first event of a story begins with, None for the others.
+        """
         t = self.t
-        link = opening if opening else t.pick([l for l, _ in LINKS], [w for _, w in LINKS])
+        link = opening or t.pick([words for words, _ in LINKS], [weight for _, weight in LINKS])
         who = t.pick(self.people)
         possible = self.possible(who)
         events = [e for e in EVENTS if possible[e]]
@@ -231,13 +298,19 @@ class Scene:
         other, thing = t.pick(possible[event])
         if event in ("walk", "carry"):
             place = t.pick(without(all_places, who.place))
+        elif other:
+            place = other.place
+        elif event in ("take", "lost"):
+            place = thing.place
         else:
-            place = other.place if other else thing.place if event in ("take", "lost") else who.place
+            place = who.place
         sentence = t.pick(EVENTS[event][1])
-        pronoun = who is self.subject and event not in MOVES and "{S}" in sentence and t.pick((True, False))
+        may_be_pronoun = who is self.subject and event not in MOVES and "{S}" in sentence
+        pronoun = may_be_pronoun and t.pick((True, False))
         t.say(capital(link + sentence.format(
-            S=who.pronouns[0] if pronoun else who.name, N=who.name, O=other and other.name, him=other and other.pronouns[2],
-            P=place, G=place.split(" ", 1)[1], T=thing and thing.name, trait=who.trait, kind=who.kind)))
+            S=who.pronouns[0] if pronoun else who.name, N=who.name, trait=who.trait, kind=who.kind,
+            O=other and other.name, him=other and other.pronouns[2], T=thing and thing.name,
+            P=place, G=place.split(" ", 1)[1])))
         if event in MOVES:
             who.place = place
         if event in PASSES:
