@@ -1,10 +1,11 @@
-"""Does the test suite notice when the body of an exported function is deleted? For maintainers; it takes a while.
+"""Does the test suite notice when the body of an exported function is deleted? For maintainers.
 
     python -m minillm.tests.mutate notebooks/02_attention.ipynb ...      (default: all chapters)
 
-In a copy of the course, one function after another loses its body (it returns None), in the notebook and in the
-module exported from it; then the notebook, its solutions and `minillm/tests` run up to the first failure.
-Prints the functions whose loss nothing notices, and exits with their number.
+In a copy of the course, one function after another loses its body (it returns None), in the
+notebook and in the module exported from it; then the notebook, its solutions and `minillm/tests`
+run up to the first failure. Prints the functions whose loss nothing notices, and exits with their
+number. It takes a while.
 """
 import ast
 import os
@@ -25,8 +26,9 @@ ROOT = Path(__file__).parents[2]
 def mutants(source):
     """Pairs of a function's name and the source of its cell without the body of that function.
 
-    >>> [(name, cell.splitlines()[-1]) for name, cell in mutants('def f(x):\\n    "Doc."\\n    return x')]
-    [('f', '    return None')]
+    >>> for name, cell in mutants('def f(x):\\n    "Doc."\\n    return x'):
+    ...     print(name, cell.splitlines()[-1])
+    f     return None
     """
     tree = ast.parse(source)
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -34,20 +36,27 @@ def mutants(source):
         for node in parent.body:
             if not isinstance(node, ast.FunctionDef):
                 continue
-            body, doc = node.body, node.body[:1] if ast.get_docstring(node) else []
-            node.body = doc + ast.parse("return None").body if node.name != "__init__" else doc + [ast.Pass()]
-            yield (f"{parent.name}." if parent is not tree else "") + node.name, ast.unparse(tree)
+            body = node.body
+            docstring = body[:1] if ast.get_docstring(node) else []
+            nothing = ast.Pass() if node.name == "__init__" else ast.parse("return None").body[0]
+            node.body = [*docstring, nothing]
+            name = node.name if parent is tree else f"{parent.name}.{node.name}"
+            yield name, ast.unparse(tree)
             node.body = body
 
 
 def failure(course, name):
     """The last lines of pytest's report, or "" if all tests of this chapter pass."""
-    paths = [path for path in (f"notebooks/{name}", f"solutions/{name}") if (course / path).exists()]
+    paths = [f"notebooks/{name}", f"solutions/{name}"]
+    paths = [path for path in paths if (course / path).exists()]
     env = {**os.environ, "PYTHONPATH": str(course), "MINILLM_CACHE": str(course / "cache")}
-    unrelated = [f"--ignore=minillm/tests/{module}.py" for module in ("test_notebooks", "test_exercise")]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--nbval-cell-timeout=300", *unrelated, *paths, "minillm"]
+    unrelated = [f"--ignore=minillm/tests/{module}.py"
+                 for module in ("test_notebooks", "test_exercise")]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--nbval-cell-timeout=300",
+               *unrelated, *paths, "minillm"]
     try:
-        run = subprocess.run(command, cwd=course, env=env, capture_output=True, text=True, timeout=1200)
+        run = subprocess.run(command, cwd=course, env=env, capture_output=True, text=True,
+                             timeout=1200)
     except subprocess.TimeoutExpired:
         return "does not end"
     return run.stdout[-1500:] if run.returncode else ""
@@ -78,7 +87,8 @@ def main(*paths):
     count = 0
     with tempfile.TemporaryDirectory() as folder:
         course = Path(folder) / "course"
-        shutil.copytree(ROOT, course, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info"))
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
+        shutil.copytree(ROOT, course, ignore=ignored)
         for path in paths or sorted(course.glob("notebooks/*.ipynb")):
             name = Path(path).name
             if before := failure(course, name):

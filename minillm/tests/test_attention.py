@@ -1,4 +1,4 @@
-"""Attention: bad input, grouped queries against a loop, and cached chunks against the full text, beyond what chapter 02 shows."""
+"""Attention beyond chapter 02: bad input, grouped queries against a loop, cached chunks."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ def by_loop(q, k, v):
         for i in range(t):
             seen = s - t + i + 1
             scores = torch.einsum("bk,bsk->bs", q[:, head, i], k[:, kv, :seen]) / q.shape[-1] ** 0.5
-            out[:, head, i] = torch.einsum("bs,bsk->bk", scores.exp() / scores.exp().sum(-1, keepdim=True), v[:, kv, :seen])
+            weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+            out[:, head, i] = torch.einsum("bs,bsk->bk", weights, v[:, kv, :seen])
     return out
 
 
@@ -48,22 +49,32 @@ def test_attend_equals_a_loop(h, g, t, s):
 @pytest.mark.parametrize("h, g", [(4, 4), (4, 2), (4, 1), (6, 3)])
 @pytest.mark.parametrize("t", [1, 2, 4, 7])
 def test_a_row_with_filler_equals_the_row_alone(h, g, t):
-    q, k, v, padding = torch.randn(3, h, t, 8), torch.randn(3, g, 7, 8), torch.randn(3, g, 7, 8), torch.tensor([0, 3, 6])
+    q, k, v = torch.randn(3, h, t, 8), torch.randn(3, g, 7, 8), torch.randn(3, g, 7, 8)
+    padding = torch.tensor([0, 3, 6])
     for row, n in enumerate(padding):
         k[row, :, :n], v[row, :, :n] = 1e4, -1e4
     out = attend(q, k, v, padding)
     assert out.isfinite().all()
     for row, n in enumerate(padding):
         real = min(t, 7 - n)
-        close(out[row, :, -real:], by_loop(q[row:row + 1, :, -real:], k[row:row + 1, :, n:], v[row:row + 1, :, n:])[0])
+        alone = by_loop(q[row:row + 1, :, -real:], k[row:row + 1, :, n:], v[row:row + 1, :, n:])
+        close(out[row, :, -real:], alone[0])
 
 
 def test_filler_leaves_two_layers_finite_with_finite_gradients():
-    first, second, x = Attention(32, 4, 2), Attention(32, 4, 2), torch.randn(2, 6, 32, requires_grad=True)
-    cache, turn = type("Hidden", (), {"padding": torch.tensor([0, 4]), "append": lambda self, k, v: (k, v)})(), rope_cache(8, 6)
+    class Hidden:
+        padding = torch.tensor([0, 4])
+
+        def append(self, k, v):
+            return k, v
+
+    first, second = Attention(32, 4, 2), Attention(32, 4, 2)
+    x = torch.randn(2, 6, 32, requires_grad=True)
+    cache, turn = Hidden(), rope_cache(8, 6)
     out = second(first(x, *turn, cache), *turn, cache)
     out[1, 4:].square().sum().backward()
-    assert out.isfinite().all() and x.grad.isfinite().all() and (x.grad[1, :4] == 0).all() and (x.grad[1, 4:] != 0).any()
+    assert out.isfinite().all() and x.grad.isfinite().all()
+    assert (x.grad[1, :4] == 0).all() and (x.grad[1, 4:] != 0).any()
 
 
 @pytest.mark.parametrize("t, s", [(1, 1), (1, 5), (3, 5), (5, 5)])
@@ -79,9 +90,11 @@ def test_padded_mask_one_position_at_a_time(t, s):
 
 @pytest.mark.parametrize("t, s", [(5, 5), (3, 5), (1, 5)])
 def test_gradients_equal_those_of_a_loop(t, s):
-    q, k, v = (torch.randn(1, n, length, 4, requires_grad=True) for n, length in ((4, t), (2, s), (2, s)))
-    gradients = [torch.autograd.grad(f(q, k, v).square().sum(), (q, k, v)) for f in (attend, by_loop)]
-    for a, b in zip(*gradients):
+    shapes = (1, 4, t, 4), (1, 2, s, 4), (1, 2, s, 4)
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    ours = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
+    theirs = torch.autograd.grad(by_loop(q, k, v).square().sum(), (q, k, v))
+    for a, b in zip(ours, theirs):
         close(a, b)
 
 
@@ -123,18 +136,28 @@ def test_dtype_is_kept(dtype):
 
 def test_names_and_shapes_of_the_weights():
     shapes = {name: tuple(w.shape) for name, w in Attention(32, 4, 2).state_dict().items()}
-    assert shapes == {"q_proj.weight": (32, 32), "k_proj.weight": (16, 32), "v_proj.weight": (16, 32), "o_proj.weight": (32, 32)}
+    assert shapes == {"q_proj.weight": (32, 32), "k_proj.weight": (16, 32),
+                      "v_proj.weight": (16, 32), "o_proj.weight": (32, 32)}
+
+
+def test_attention_of_any_length_is_one_graph_for_the_compiler():
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="eager")
+    for t in (3, 5, 7, 1):
+        q, k, v = torch.randn(1, 4, t, 8), torch.randn(1, 2, t, 8), torch.randn(1, 2, t, 8)
+        close(compiled(q, k, v), attend(q, k, v))
 
 
 def test_mask_equals_torchs_lower_right_bias():
     from torch.nn.attention.bias import causal_lower_right
     q, k, v = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
-    close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(3, 7)))
+    mask = causal_lower_right(3, 7)
+    close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
 @pytest.mark.parametrize("heads, expected", [
-    ((30, 4), "got dim=30, n_heads=4"), ((32, 0), "n_heads=0"), ((32, -4), "n_heads=-4"), ((0, 4), "dim=0"),
-    ((12, 4), "even width"), ((32, 4, 3), "n_kv_heads=3"), ((32, 4, 0), "n_kv_heads=0"), ((32, 4, 8), "n_kv_heads=8"),
+    ((30, 4), "got dim=30, n_heads=4"), ((32, 0), "n_heads=0"), ((32, -4), "n_heads=-4"),
+    ((0, 4), "dim=0"), ((12, 4), "even width"),
+    ((32, 4, 3), "n_kv_heads=3"), ((32, 4, 0), "n_kv_heads=0"), ((32, 4, 8), "n_kv_heads=8"),
     ((32, 4, -2), "n_kv_heads=-2"),
 ])
 def test_wrong_numbers_of_heads(heads, expected):
@@ -153,7 +176,9 @@ def test_too_few_angles():
         Attention(32, 4)(torch.randn(2, 5, 32), *rope_cache(8, 4))
 
 
-@pytest.mark.parametrize("h, g, t, s, expected", [(4, 3, 5, 5, "3 key-value heads"), (2, 4, 5, 5, "4 key-value heads"), (4, 4, 5, 4, "4 keys")])
+@pytest.mark.parametrize("h, g, t, s, expected", [
+    (4, 3, 5, 5, "3 key-value heads"), (2, 4, 5, 5, "4 key-value heads"), (4, 4, 5, 4, "4 keys"),
+])
 def test_attend_refuses_what_does_not_fit(h, g, t, s, expected):
     with pytest.raises(ValueError, match=expected):
         attend(torch.randn(1, h, t, 8), torch.randn(1, g, s, 8), torch.randn(1, g, s, 8))

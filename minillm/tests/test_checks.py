@@ -7,12 +7,12 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from minillm.course.exercise import stamp, strip
 from minillm.course.export import write_modules
-from minillm.tests.checks import (BOOTSTRAP, chapter_problems, code_cells, exercise_problems, link_problems, package_problems,
-                                  run_problems, solution_problems)
+from minillm.tests.checks import (BOOTSTRAP, chapter_problems, code_cells, exercise_problems,
+                                  link_problems, package_problems, run_problems, solution_problems)
 
 
 def executed(*cells, **metadata):
-    """A notebook whose code cells are numbered as if run. Its cells have the same ids at each call."""
+    """A notebook whose code cells are numbered as if run. Cells have the same ids at each call."""
     notebook = new_notebook(cells=list(cells), metadata=metadata)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
@@ -30,13 +30,20 @@ def test_run_problems_pass_a_sound_notebook():
     assert run_problems(executed(new_markdown_cell("![ok](figure.svg)"), cell)) == []
 
 
+WIDGET = {"application/vnd.jupyter.widget-view+json": {}}
+IMAGE = {"text/html": "<img src='http://x/y.png'>"}
+
+
 @pytest.mark.parametrize("cell, expected", [
-    (shows(output_type="error", ename="KeyError", evalue="", traceback=[]), "stored error KeyError"),
+    (shows(output_type="error", ename="KeyError", evalue="", traceback=[]),
+     "stored error KeyError"),
     (shows(output_type="stream", name="stderr", text="a warning"), "writes to stderr"),
-    (shows(output_type="stream", text="saved to /Users/ada/model"), "path of one machine: /Users/ada"),
-    (shows(output_type="execute_result", data={"text/plain": r"'C:\\Users\\ada'"}), "path of one machine"),
-    (shows(output_type="display_data", data={"application/vnd.jupyter.widget-view+json": {}}), "shows a widget"),
-    (shows(output_type="display_data", data={"text/html": "<img src='http://x/y.png'>"}), "fetches an image"),
+    (shows(output_type="stream", text="saved to /Users/ada/model"),
+     "path of one machine: /Users/ada"),
+    (shows(output_type="execute_result", data={"text/plain": r"'C:\\Users\\ada'"}),
+     "path of one machine"),
+    (shows(output_type="display_data", data=WIDGET), "shows a widget"),
+    (shows(output_type="display_data", data=IMAGE), "fetches an image"),
     (new_markdown_cell("![logo](https://example.org/logo.png)"), "fetches an image"),
 ])
 def test_run_problems_in_one_cell(cell, expected):
@@ -44,7 +51,11 @@ def test_run_problems_in_one_cell(cell, expected):
 
 
 @pytest.mark.parametrize("counts, expected", [
-    ([None, 1], "never executed"), ([2, 1], "out of order"), ([1, 1], "out of order"), ([], "no code cell")])
+    ([None, 1], "never executed"),
+    ([2, 1], "out of order"),
+    ([1, 1], "out of order"),
+    ([], "no code cell"),
+])
 def test_run_problems_of_order(counts, expected):
     notebook = new_notebook(cells=[new_code_cell("1", execution_count=count) for count in counts])
     assert expected in run_problems(notebook)[0]
@@ -61,7 +72,8 @@ def test_run_problems_of_timing():
 
 def test_link_problems(tmp_path):
     (tmp_path / "here.ipynb").touch()
-    notebook = executed(new_markdown_cell("[a](here.ipynb) [b](https://example.org) [c](#top) [d](gone.ipynb#part)"))
+    notebook = executed(new_markdown_cell(
+        "[a](here.ipynb) [b](https://example.org) [c](#top) [d](gone.ipynb#part)"))
     assert link_problems(notebook, tmp_path) == ["dead link: gone.ipynb"]
 
 
@@ -74,7 +86,8 @@ def test_link_problems(tmp_path):
     ([BOOTSTRAP, "#| export\n%pip install x"], "not plain Python"),
     ([BOOTSTRAP, "#| export\ndef f(): pass", "def f(): 'again'"], "exported {'f'} again"),
     ([BOOTSTRAP, "#| export\nN = 1", "N = 2"], "exported {'N'} again"),
-    ([BOOTSTRAP, "#| export\nclass A: pass", "#| export\nclass A: 'again'"], "exported {'A'} again"),
+    ([BOOTSTRAP, "#| export\nclass A: pass", "#| export\nclass A: 'again'"],
+     "exported {'A'} again"),
 ])
 def test_chapter_problems(sources, expected):
     problems = chapter_problems(executed(*map(new_code_cell, sources)))
@@ -87,7 +100,8 @@ def package(tmp_path):
     root = tmp_path / "course"
     (root / "notebooks").mkdir(parents=True)
     cells = ("#| default_exp a", '#| export\n"""What a holds."""\nfrom minillm.b import g',
-             "#| export\ndef f(x): return g(x)", '#| export b\n"""What b holds."""\ndef g(x): return x')
+             "#| export\ndef f(x): return g(x)",
+             '#| export b\n"""What b holds."""\ndef g(x): return x')
     nbformat.write(executed(*map(new_code_cell, cells)), root / "notebooks/01_a.ipynb")
     write_modules(root / "notebooks/01_a.ipynb", root / "minillm")
     return root
@@ -105,7 +119,8 @@ def test_package_problems_pass_a_sound_package(package, tmp_path):
 
 def test_exporting_again_changes_nothing(package):
     before = {path.name: path.read_text() for path in package.glob("minillm/*")}
-    assert write_modules(package / "notebooks/01_a.ipynb", package / "minillm") == sorted(before) == ["a.py", "b.py"]
+    written = write_modules(package / "notebooks/01_a.ipynb", package / "minillm")
+    assert written == sorted(before) == ["a.py", "b.py"]
     assert {path.name: path.read_text() for path in package.glob("minillm/*")} == before
 
 
@@ -120,7 +135,8 @@ def edit_notebook(root):
 
 
 def add_notebook(*sources):
-    return lambda root: nbformat.write(executed(*map(new_code_cell, sources)), root / "notebooks/02_c.ipynb")
+    notebook = executed(*map(new_code_cell, sources))
+    return lambda root: nbformat.write(notebook, root / "notebooks/02_c.ipynb")
 
 
 @pytest.mark.parametrize("spoil, expected", [
@@ -128,25 +144,30 @@ def add_notebook(*sources):
     (edit_notebook, "a.py is not what 01_a.ipynb exports"),
     (lambda root: (root / "minillm/a.py").unlink(), "a.py is not what 01_a.ipynb exports"),
     (lambda root: copy(root / "minillm/a.py", root / "minillm/old.py"), "old.py has no notebook"),
-    (lambda root: copy(root / "notebooks/01_a.ipynb", root / "notebooks/02_b.ipynb"), "exported by several notebooks"),
+    (lambda root: copy(root / "notebooks/01_a.ipynb", root / "notebooks/02_b.ipynb"),
+     "exported by several notebooks"),
     (add_notebook("#| default_exp c"), "02_c.ipynb: `#| default_exp NAME` names"),
     (add_notebook("#| export\nC = 1"), "02_c.ipynb: `#| default_exp NAME` names"),
     (add_notebook('#| export a\n"""A"""\nA = 1'), "a.py is exported by several notebooks"),
-    (add_notebook("#| default_exp c", "#| export\nC = 1"), "exported to c.py must begin with a docstring"),
+    (add_notebook("#| default_exp c", "#| export\nC = 1"),
+     "exported to c.py must begin with a docstring"),
     (lambda root: (root / "notebooks/01_a.ipynb").unlink(), "no notebook exports a module"),
 ])
 def test_package_problems(package, tmp_path, spoil, expected):
     spoil(package)
-    assert any(expected in problem for problem in package_problems(package, empty_folder(tmp_path / "scratch")))
+    problems = package_problems(package, empty_folder(tmp_path / "scratch"))
+    assert any(expected in problem for problem in problems)
 
 
 def solved():
     """A notebook of solutions with one exercise, stamped, as stored after a run."""
-    check = new_code_cell('with exercise("01.1 one"):\n    assert one() == 1', metadata={"tags": ["nbval-check-output"]},
+    answer = new_code_cell(
+        "def one():\n    ### BEGIN SOLUTION\n    return 1\n    ### END SOLUTION")
+    check = new_code_cell('with exercise("01.1 one"):\n    assert one() == 1',
+                          metadata={"tags": ["nbval-check-output"]},
                           outputs=[new_output("stream", text="01.1 one: solved\n")])
-    notebook = executed(
-        new_code_cell("def one():\n    ### BEGIN SOLUTION\n    return 1\n    ### END SOLUTION"), check,
-        new_code_cell("mistake(check, wrong, 'one')", metadata={"tags": ["mistakes"]}))
+    wrong = new_code_cell("mistake(check, wrong, 'one')", metadata={"tags": ["mistakes"]})
+    notebook = executed(answer, check, wrong)
     stamp(notebook)
     return notebook
 
@@ -158,14 +179,16 @@ def not_solved():
 
 
 def test_exercise_problems_pass_sound_notebooks():
-    assert solution_problems(solved(), "01_a.ipynb") == exercise_problems(not_solved(), solved()) == []
+    assert solution_problems(solved(), "01_a.ipynb") == []
+    assert exercise_problems(not_solved(), solved()) == []
 
 
 @pytest.mark.parametrize("spoil, expected", [
     (lambda cells: cells[0].metadata.pop("nbgrader"), "not stamped"),
     (lambda cells: cells[1].metadata.pop("tags"), "lacks the tag"),
     (lambda cells: cells[1].update(outputs=[]), "instead of 'solved'"),
-    (lambda cells: cells[1].outputs[0].update(text="01.1 one: not right yet: solved\n"), "instead of 'solved'"),
+    (lambda cells: cells[1].outputs[0].update(text="01.1 one: not right yet: solved\n"),
+     "instead of 'solved'"),
 ])
 def test_solution_problems(spoil, expected):
     notebook = solved()
@@ -180,9 +203,11 @@ def test_solution_problems_of_number():
 @pytest.mark.parametrize("spoil, expected", [
     (lambda cells: cells.pop(0), "not what the solutions give"),
     (lambda cells: cells.append(new_markdown_cell("more")), "not what the solutions give"),
-    (lambda cells: cells[0].update(source="def one():\n    return 1"), "not what the solutions give"),
+    (lambda cells: cells[0].update(source="def one():\n    return 1"),
+     "not what the solutions give"),
     (lambda cells: cells[0].update(id="other"), "not what the solutions give"),
-    (lambda cells: cells[1].outputs[0].update(text="01.1 one: solved\n"), "instead of 'not solved yet'"),
+    (lambda cells: cells[1].outputs[0].update(text="01.1 one: solved\n"),
+     "instead of 'not solved yet'"),
 ])
 def test_exercise_problems(spoil, expected):
     notebook = not_solved()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minillm.course.exercise import BLANK, exercise, generate, main, mistake, stamp, strip, without_outputs
+from minillm.course.exercise import (BLANK, exercise, generate, main, mistake, stamp, strip,
+                                     without_outputs)
 
 ANSWER = '''\
 def one(x):
@@ -60,10 +61,13 @@ def says_nothing(x):
     (blank, "1.1 f: not solved yet\n"),
     (wrong, "1.1 f: not right yet: is it one?\n"),
     (says_nothing, "1.1 f: not right yet: in says_nothing, line N: raise AssertionError\n"),
-    (crash, "1.1 f: stopped by RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)\n"
-            "    in crash, line N: return torch.ones(2, 3) @ torch.ones(2, 3)\n"),
-    (not_implemented_by_torch, "1.1 f: stopped by NotImplementedError: not on this device\n    in not_implemented_by_torch, "
-                               'line N: raise NotImplementedError("not on this device" + "\\nC++ frames")\n'),
+    (crash,
+     "1.1 f: stopped by RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)\n"
+     "    in crash, line N: return torch.ones(2, 3) @ torch.ones(2, 3)\n"),
+    (not_implemented_by_torch,
+     "1.1 f: stopped by NotImplementedError: not on this device\n"
+     "    in not_implemented_by_torch, line N: "
+     'raise NotImplementedError("not on this device" + "\\nC++ frames")\n'),
 ])
 def test_exercise_prints_how_it_stands(function, said, capsys):
     with exercise("1.1 f"):
@@ -75,7 +79,8 @@ def test_exercise_prints_how_it_stands(function, said, capsys):
 
 def test_exercise_names_the_notebook_line_that_called_a_library(capsys):
     def calls_torch(x):
-        return torch.nn.functional.linear(x, torch.ones(4, 5))    # fails inside torch, two frames further in
+        # fails inside torch, two frames further in
+        return torch.nn.functional.linear(x, torch.ones(4, 5))
 
     with exercise("1.1 f"):
         torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(2, 3))(torch.ones(2))
@@ -90,7 +95,8 @@ def test_exercise_does_not_stop_an_interrupt():
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("function, error", [(blank, NotImplementedError), (wrong, AssertionError), (crash, RuntimeError)])
+@pytest.mark.parametrize("function, error", [
+    (blank, NotImplementedError), (wrong, AssertionError), (crash, RuntimeError)])
 def test_exercise_raises_while_nbgrader_grades(function, error, monkeypatch, capsys):
     monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
     with pytest.raises(error), exercise("1.1 f"):
@@ -106,7 +112,8 @@ def test_mistake_prints_the_caught_message(capsys):
 @pytest.mark.parametrize("function, said", [
     (abs, r"check_one\(abs\) passed, but should have said 'is it one\?'"),
     (says_nothing, r"check_one\(says_nothing\) failed, but said '.*' instead of 'is it one\?'"),
-    (crash, r"check_one\(crash\) crashed with RuntimeError: mat1 and mat2 .* instead of saying 'is it one\?'"),
+    (crash, r"check_one\(crash\) crashed with RuntimeError: mat1 and mat2 .* "
+            r"instead of saying 'is it one\?'"),
 ])
 def test_mistake_that_is_not_caught(function, said):
     def check_one(function):
@@ -126,7 +133,8 @@ def notebook(*sources, mistakes=(MISTAKE,)):
 
 def test_strip():
     solution = notebook(ANSWER, CHECK)
-    solution.cells.append(new_markdown_cell("Seen in the solutions only.", metadata={"tags": ["mistakes"]}))
+    discussion = new_markdown_cell("Seen in the solutions only.", metadata={"tags": ["mistakes"]})
+    solution.cells.append(discussion)
     before = nbformat.writes(solution)
     exercises = strip(solution)
     assert [cell.source for cell in exercises.cells] == ["# 01 One", STUB, CHECK]
@@ -165,8 +173,10 @@ def test_stamp():
     solution = notebook("import torch", ANSWER, CHECK)
     stamp(solution)
     _, _, answer, check, wrong = (cell.metadata.get("nbgrader") for cell in solution.cells)
-    assert answer == dict(grade_id="01-1-one-answer", solution=True, grade=False, locked=False, schema_version=3, task=False)
-    assert check == dict(grade_id="01-1-one", solution=False, grade=True, locked=True, points=1, schema_version=3, task=False)
+    assert answer == dict(grade_id="01-1-one-answer", solution=True, grade=False, locked=False,
+                          schema_version=3, task=False)
+    assert check == dict(grade_id="01-1-one", solution=False, grade=True, locked=True, points=1,
+                         schema_version=3, task=False)
     assert wrong is None and "nbgrader" not in solution.cells[1].metadata
     assert all(cell.outputs[0].text == "kept" for cell in solution.cells[1:])
 
@@ -179,7 +189,8 @@ def test_stamp_takes_back_what_no_longer_holds():
 
 
 @pytest.mark.parametrize("sources, said", [
-    ([ANSWER.replace("### END", "END"), CHECK], r"'def one\(x\):': each ### BEGIN SOLUTION needs one"),
+    ([ANSWER.replace("### END", "END"), CHECK],
+     r"'def one\(x\):': each ### BEGIN SOLUTION needs one"),
     ([ANSWER.replace("### BEGIN", "BEGIN"), CHECK], "each ### BEGIN SOLUTION needs one"),
     ([ANSWER + "\n    ### BEGIN SOLUTION", CHECK], "each ### BEGIN SOLUTION needs one"),
     ([STUB, CHECK], "01.1 one: a check needs a cell of its own, after a cell with the answer"),
@@ -216,7 +227,8 @@ def test_generate(folders):
     assert exercises.cells[3].outputs[0].text == "01.1 one: not solved yet\n"
     assert solution.cells[2].metadata["nbgrader"]["solution"], "the solutions were not stamped"
     assert solution.cells[2].outputs[0].text == "kept", "stamping lost an output"
-    assert [path.name for path in (folders / "exercises").iterdir()] == ["01_one.ipynb"], "left a draft behind"
+    assert [path.name for path in (folders / "exercises").iterdir()] == ["01_one.ipynb"], (
+        "left a draft behind")
 
 
 def test_generate_again_changes_nothing(folders, capsys):
@@ -228,7 +240,7 @@ def test_generate_again_changes_nothing(folders, capsys):
 
 
 def test_generated_exercises_grade_as_nbgrader_expects(folders):
-    """The blank raises while NBGRADER_EXECUTION is set; the solution does not, and neither writes to stderr."""
+    """While NBGRADER_EXECUTION is set, the blank raises and the solution does not."""
     for name, solved in ("exercises", False), ("solutions", True):
         cells = nbformat.read(folders / name / "01_one.ipynb", as_version=4).cells[1:]
         script = "\n".join(cell.source for cell in cells)

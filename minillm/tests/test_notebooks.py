@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from nbformat.v4 import new_markdown_cell, new_notebook
 
-from minillm.tests.checks import (chapter_problems, exercise_problems, link_problems, package_problems, read, run_problems,
-                                  solution_problems)
+from minillm.tests.checks import (chapter_problems, exercise_problems, link_problems,
+                                  package_problems, read, run_problems, solution_problems)
 
 ROOT = Path(__file__).parents[2]
 CHAPTERS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -19,7 +19,8 @@ def report(problems):
 
 
 def each(paths):
-    return pytest.mark.parametrize("path", paths, ids=[f"{path.parent.name}/{path.name}" for path in paths])
+    names = [f"{path.parent.name}/{path.name}" for path in paths]
+    return pytest.mark.parametrize("path", paths, ids=names)
 
 
 @each(CHAPTERS + SOLUTIONS + EXERCISES)
@@ -49,7 +50,8 @@ def test_links_of_the_readme():
 
 
 def test_each_has_its_counterpart():
-    chapters, solutions, exercises = ({path.name for path in paths} for paths in (CHAPTERS, SOLUTIONS, EXERCISES))
+    chapters, solutions, exercises = (
+        {path.name for path in paths} for paths in (CHAPTERS, SOLUTIONS, EXERCISES))
     assert solutions == exercises and solutions <= chapters
 
 

@@ -25,7 +25,8 @@ def test_rope_cache_names_the_bad_value(arguments, message):
 @pytest.mark.parametrize("x, error, message", [
     (torch.ones(1, 2, 9, 8), ValueError, "sequence of 9 tokens is longer than the 6 positions"),
     (torch.ones(6, 4), ValueError, "heads of width 4, but the rotary cache was made for 8"),
-    (torch.ones(6, 2), ValueError, "width 2"),      # would broadcast silently if the cache had width 1
+    # would broadcast silently if the cache had width 1
+    (torch.ones(6, 2), ValueError, "width 2"),
     (torch.ones(6, 7), ValueError, "width 7"),
     (torch.ones(6, 8, dtype=torch.int64), TypeError, "torch.int64"),
 ])
@@ -59,7 +60,8 @@ def test_cache_is_float32_whatever_the_default(dtype):
 
 
 def test_longer_cache_begins_like_a_shorter_one():
-    assert all(torch.equal(short, long[:10]) for short, long in zip(rope_cache(32, 10), rope_cache(32, 1000)))
+    for short, long in zip(rope_cache(32, 10), rope_cache(32, 1000)):
+        assert torch.equal(short, long[:10])
 
 
 def test_position_0_stays_and_input_is_not_changed():
@@ -82,7 +84,7 @@ def test_views_that_are_not_contiguous():
 
 
 def test_gradient_is_the_rotation_back():
-    """A rotation is orthogonal, so its transpose, which is what backward applies, is the turn by -angle."""
+    """A rotation is orthogonal: its transpose, which backward applies, is the turn by -angle."""
     x, upstream = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8)
     cos, sin = rope_cache(8, 6)
     apply_rope(x, cos, sin).backward(upstream)

@@ -1,8 +1,8 @@
-"""The tokenizer under what a notebook does not show: fuzzed text, contradictory input, damaged files, long pieces."""
+"""What the notebook does not show of the tokenizer: fuzzed text, bad input, damaged files."""
 import json
 import pickle
 import random
-import time
+import sys
 import unicodedata
 from collections import Counter
 
@@ -15,12 +15,14 @@ from minillm.world import World
 
 END = "<|endoftext|>"
 STORIES = [World().sample(seed).text for seed in range(300)]
-CHARACTERS = [chr(i) for i in range(0x110000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+UNWANTED = "Cn", "Cs", "Co"           # unassigned, surrogate, private
+CHARACTERS = [chr(i) for i in range(0x110000) if unicodedata.category(chr(i)) not in UNWANTED]
+POOLS = ["etaoin", " \n\t\r", "0123456789", "人有权的。，", "🦙\u200d👩🚀", "e\u0301\u0308ſß",
+         "\0\x1f\x85\u2028\ufeff", CHARACTERS]
 
 
 def random_text(rng, length=40):
-    pools = ["etaoin", " \n\t\r", "0123456789", "人有权的。，", "🦙\u200d👩🚀", "e\u0301\u0308ſß", "\0\x1f\x85\u2028\ufeff", CHARACTERS]
-    return "".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(0, length)))
+    return "".join(rng.choice(rng.choice(POOLS)) for _ in range(rng.randint(0, length)))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,8 @@ def tokenizer():
 
 def naive(pieces, n_merges):
     """Textbook BPE on tuples of bytes, written without anything of minillm."""
-    words, merges = {piece: [bytes([b]) for b in piece.encode()] for piece in pieces}, []
+    words = {piece: [bytes([b]) for b in piece.encode()] for piece in pieces}
+    merges = []
     for _ in range(n_merges):
         counts = Counter()
         for piece, n in pieces.items():
@@ -54,7 +57,9 @@ def test_merges_equal_the_naive_ones():
     rng = random.Random(1)
     for alphabet in ("a", "ab", "aab", "abc", "aä人"):
         for _ in range(100):
-            pieces = Counter("".join(rng.choices(alphabet, k=rng.randint(1, 14))) for _ in range(rng.randint(1, 6)))
+            n_words = rng.randint(1, 6)
+            pieces = Counter("".join(rng.choices(alphabet, k=rng.randint(1, 14)))
+                             for _ in range(n_words))
             assert train_merges(pieces, 12) == naive(pieces, 12), pieces
     pieces = count_pieces([random_text(rng) for _ in range(200)])
     assert train_merges(pieces, 150) == naive(pieces, 150)
@@ -70,7 +75,8 @@ def test_vocabulary_is_bytes_then_merges_then_special(tokenizer):
     n = len(tokenizer.merges)
     assert [tokenizer.vocab[i] for i in range(256)] == [bytes([i]) for i in range(256)]
     assert [tokenizer.vocab[256 + i] for i in range(n)] == [a + b for a, b in tokenizer.merges]
-    assert tokenizer.special_tokens == {END: 256 + n, "<|user|>": 257 + n} and tokenizer.n_vocab == 258 + n == 900
+    assert tokenizer.special_tokens == {END: 256 + n, "<|user|>": 257 + n}
+    assert tokenizer.n_vocab == 258 + n == 900
 
 
 def test_documents_and_special_tokens_are_boundaries():
@@ -83,13 +89,15 @@ def test_documents_and_special_tokens_are_boundaries():
 def test_fuzzed_text_equals_tiktoken_and_comes_back(tokenizer):
     rng, reference = random.Random(3), tokenizer.to_tiktoken()
     assert reference.n_vocab == tokenizer.n_vocab
+    between = ["", END, "<|user|>", "<|", "<|endof"]
     for _ in range(1500):
-        text = random_text(rng) + rng.choice(["", END, "<|user|>", "<|", "<|endof"]) + random_text(rng)
+        text = random_text(rng) + rng.choice(between) + random_text(rng)
         ids = tokenizer.encode(text, allowed_special="all")
         assert ids == reference.encode(text, allowed_special="all")
         assert tokenizer.decode(ids) == text
         plain = tokenizer.encode(text, disallowed_special=())
-        assert plain == reference.encode(text, disallowed_special=()) and tokenizer.decode(plain) == text
+        assert plain == reference.encode(text, disallowed_special=())
+        assert tokenizer.decode(plain) == text
         only = tokenizer.encode(text, allowed_special={END}, disallowed_special=())
         assert only == reference.encode(text, allowed_special={END}, disallowed_special=())
 
@@ -102,10 +110,12 @@ def test_fuzzed_ids_decode_as_tiktoken_does(tokenizer):
 
 
 def test_a_vocabulary_extended_behind_its_special_tokens_equals_tiktoken(tokenizer):
-    """Merges of two trainings in one list: some tokens can be made in several ways, or not at all by the merges."""
+    """Merges of two trainings in one list: some tokens can be made in several ways, or in none."""
     rng = random.Random(5)
-    texts = ["人人有权享有生命、自由和人身安全。人人有权享有国籍。", *(random_text(rng) for _ in range(100))]
-    new = [(a, b) for a, b in train_merges(count_pieces(texts), 300) if a + b not in tokenizer.ranks]
+    texts = ["人人有权享有生命、自由和人身安全。人人有权享有国籍。"]
+    texts += [random_text(rng) for _ in range(100)]
+    merges = train_merges(count_pieces(texts), 300)
+    new = [(a, b) for a, b in merges if a + b not in tokenizer.ranks]
     vocab = tokenizer.vocab | {tokenizer.n_vocab + i: a + b for i, (a, b) in enumerate(new)}
     larger = Tokenizer(vocab, tokenizer.merges + new, (*tokenizer.special_tokens, "<|new|>"))
     assert larger.special_tokens[END] == tokenizer.special_tokens[END]
@@ -113,23 +123,44 @@ def test_a_vocabulary_extended_behind_its_special_tokens_equals_tiktoken(tokeniz
     reference = larger.to_tiktoken()
     for _ in range(1000):
         text = random_text(rng)
-        assert larger.encode(text) == reference.encode(text) and larger.decode(larger.encode(text)) == text
+        ids = larger.encode(text)
+        assert ids == reference.encode(text) and larger.decode(ids) == text
+
+
+def lines_run(function, *arguments):
+    """How many lines of Python a call runs: work, measured without a clock."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function(*arguments)
+    finally:
+        sys.settrace(before)
+    return count
 
 
 def test_long_pieces_take_no_quadratic_time(tokenizer):
     rng = random.Random(6)
     for piece in ("a" * 200_000, "".join(rng.choices("etaoin", k=100_000))):
-        start = time.perf_counter()
         ids = bpe(piece.encode(), tokenizer.ranks)
-        assert time.perf_counter() - start < 30       # about 0.5 s; a quadratic encoder takes many minutes
         assert tokenizer.decode(ids) == piece
+        # Twice the length is twice the work; for a quadratic encoder it would be four times.
+        long, half = piece[:20_000].encode(), piece[:10_000].encode()
+        assert lines_run(bpe, long, tokenizer.ranks) < 2.5 * lines_run(bpe, half, tokenizer.ranks)
     assert train_merges({"a" * 100_000: 1}, 3) == [(b"a" * n, b"a" * n) for n in (1, 2, 4)]
 
 
 def test_the_cache_stays_within_its_limit(tokenizer):
     fresh = Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
     fresh.cache.limit = 10
-    assert fresh.encode(STORIES[0]) == tokenizer.encode(STORIES[0]) and len(fresh.cache) <= 10
+    assert fresh.encode(STORIES[0]) == tokenizer.encode(STORIES[0])
+    assert len(fresh.cache) <= 10
     assert pickle.loads(pickle.dumps(fresh)).encode(STORIES[1]) == tokenizer.encode(STORIES[1])
 
 
@@ -138,7 +169,8 @@ def test_the_cache_stays_within_its_limit(tokenizer):
     (lambda t: t.encode(b"bytes"), TypeError, "got bytes"),
     (lambda t: t.encode("ab\ud800"), ValueError, "U.D800 at position 2"),
     (lambda t: t.encode(f"a{END}"), ValueError, "special token '<.endoftext.>'"),
-    (lambda t: t.encode(f"a{END}", allowed_special={"<|user|>"}), ValueError, "special token '<.endoftext.>'"),
+    (lambda t: t.encode(f"a{END}", allowed_special={"<|user|>"}), ValueError,
+     "special token '<.endoftext.>'"),
     (lambda t: t.decode([0, 900]), ValueError, "id 900 .* 0 to 899"),
     (lambda t: t.decode([-1]), ValueError, "id -1"),
     (lambda t: t.decode([1.0]), TypeError, "list of int"),
@@ -155,7 +187,8 @@ def test_the_cache_stays_within_its_limit(tokenizer):
     (lambda t: Tokenizer.train("hello", 300), ValueError, "Ask for 261 at most"),
     (lambda t: Tokenizer.train("hello", 258.0), TypeError, "float"),
     (lambda t: Tokenizer.train("hello", 258, ("x", "x")), ValueError, "contains or repeats 'x'"),
-    (lambda t: Tokenizer.train("hello", 258, ("<a>", "<a><b>")), ValueError, "contains or repeats '<a>'"),
+    (lambda t: Tokenizer.train("hello", 258, ("<a>", "<a><b>")), ValueError,
+     "contains or repeats '<a>'"),
     (lambda t: Tokenizer.train("hello", 258, ("",)), ValueError, "special token 0 is empty"),
     (lambda t: Tokenizer.train("hello", 258, "<a>"), TypeError, "tuple of str"),
     (lambda t: Tokenizer.train("hello 1", 258, pattern=r"\p{L}+"), ValueError, "leaves out"),
@@ -163,11 +196,16 @@ def test_the_cache_stays_within_its_limit(tokenizer):
     (lambda t: Tokenizer({}, []), ValueError, "lacks 256"),
     (lambda t: Tokenizer(t.vocab, t.merges), ValueError, "made by no merge and not special"),
     (lambda t: Tokenizer(t.vocab, t.merges[:-1], t.special_tokens), ValueError, "made by no merge"),
-    (lambda t: Tokenizer(t.vocab, t.merges[1:], t.special_tokens), ValueError, "each must be a byte or an earlier merge"),
-    (lambda t: Tokenizer(t.vocab, t.merges + t.merges[:1], t.special_tokens), ValueError, "the result new"),
-    (lambda t: Tokenizer(t.vocab | {901: b"x"}, t.merges, t.special_tokens), ValueError, "without gaps"),
-    (lambda t: Tokenizer(t.vocab | {900: t.vocab[899]}, t.merges, t.special_tokens), ValueError, "899 and 900 are the same"),
-    (lambda t: Tokenizer(t.vocab | {256: t.vocab[257], 257: t.vocab[256]}, t.merges, t.special_tokens), ValueError, "rise in the order"),
+    (lambda t: Tokenizer(t.vocab, t.merges[1:], t.special_tokens), ValueError,
+     "each must be a byte or an earlier merge"),
+    (lambda t: Tokenizer(t.vocab, t.merges + t.merges[:1], t.special_tokens), ValueError,
+     "the result new"),
+    (lambda t: Tokenizer(t.vocab | {901: b"x"}, t.merges, t.special_tokens), ValueError,
+     "without gaps"),
+    (lambda t: Tokenizer(t.vocab | {900: t.vocab[899]}, t.merges, t.special_tokens), ValueError,
+     "899 and 900 are the same"),
+    (lambda t: Tokenizer(t.vocab | {256: t.vocab[257], 257: t.vocab[256]}, t.merges,
+                         t.special_tokens), ValueError, "rise in the order"),
 ])
 def test_bad_input_is_named(tokenizer, call, error, words):
     with pytest.raises(error) as caught:
@@ -177,12 +215,16 @@ def test_bad_input_is_named(tokenizer, call, error, words):
 
 def test_edge_cases(tokenizer):
     assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
-    assert Tokenizer.train("x", 257).merges == [] and Tokenizer.train("x", 256, ()).encode("hé") == [104, 195, 169]
-    single = Tokenizer.train("abc abc", 258, ("a",))           # a special token may equal an ordinary one: two ids
-    assert single.encode("ba", allowed_special="all")[-1] == 257 and single.encode("a", disallowed_special=()) == [97]
-    assert single.to_tiktoken().encode("ba", allowed_special="all") == single.encode("ba", allowed_special="all")
+    assert Tokenizer.train("x", 257).merges == []
+    assert Tokenizer.train("x", 256, ()).encode("hé") == [104, 195, 169]
+    # a special token may equal an ordinary one: two ids
+    single = Tokenizer.train("abc abc", 258, ("a",))
+    ids = single.encode("ba", allowed_special="all")
+    assert ids[-1] == 257 and single.encode("a", disallowed_special=()) == [97]
+    assert single.to_tiktoken().encode("ba", allowed_special="all") == ids
     assert tokenizer.decode([0xE4, 0xBD]) == "\ufffd" and check_text("fine") is None
-    assert Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens).encode("The end") == tokenizer.encode("The end")
+    again = Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
+    assert again.encode("The end") == tokenizer.encode("The end")
 
 
 def test_saved_and_loaded(tokenizer, tmp_path):
@@ -192,7 +234,8 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     loaded = Tokenizer.load(str(path))
     for name in "vocab", "merges", "special_tokens", "pattern", "n_vocab":
         assert getattr(loaded, name) == getattr(tokenizer, name)
-    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]     # nothing half-written stays behind
+    # nothing half-written stays behind
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
     digits = Tokenizer.train("1234", 256, (), pattern=PATTERN.replace("{1,3}", ""))
     digits.save(path)
     assert Tokenizer.load(path).pattern == digits.pattern
@@ -202,32 +245,41 @@ def test_a_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     before = path.read_bytes()
-    monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
+
+    def fail(*names):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError):
         Tokenizer.train("abc", 258).save(path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
 def test_damaged_files_are_refused_by_name(tokenizer, tmp_path):
     path, rng = tmp_path / "tokenizer.json", random.Random(7)
     tokenizer.save(path)
     good = path.read_bytes()
-    cases = [b"", b"{", b"null", b"[]", b"{}", b"[" * 100_000, b"\xff\xfe", b'{"sha256": 1}', good[:len(good) // 2], good + b"}"]
+    cases = [b"", b"{", b"null", b"[]", b"{}", b"[" * 100_000, b"\xff\xfe", b'{"sha256": 1}',
+             good[:len(good) // 2], good + b"}"]
     for _ in range(60):                                       # any single byte changed
         i = rng.randrange(len(good))
         cases.append(good[:i] + bytes([good[i] ^ 1 << rng.randrange(7)]) + good[i + 1:])
     content = json.loads(good)
     content["data"]["merges"].pop()
     cases.append(json.dumps(content).encode())
-    for wrong in [], {}, "text", {**content["data"], "merges": [[1, 2]]}, {**content["data"], "vocab": {"0": "a"}}, content["data"]:
-        cases.append(json.dumps({"sha256": checksum(wrong), "data": wrong}).encode())      # a checksum alone is no proof
+    data = content["data"]
+    # a checksum alone does not make a tokenizer
+    for wrong in ([], {}, "text", {**data, "merges": [[1, 2]]}, {**data, "vocab": {"0": "a"}},
+                  data):
+        cases.append(json.dumps({"sha256": checksum(wrong), "data": wrong}).encode())
     for case in cases:
         path.write_bytes(case)
         try:
             loaded = Tokenizer.load(path)
         except ValueError as error:
             assert str(path) in str(error)
-        else:                                                 # a changed byte of white space, or of the case of an escape
+        else:              # a changed byte of white space, or of the case of an escape
             assert json.loads(case) == json.loads(good) and loaded.vocab == tokenizer.vocab
     with pytest.raises(FileNotFoundError):
         Tokenizer.load(tmp_path / "none.json")
