@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention      # noqa: F811 (the notebook has it, the module does not)
-from .layers import RMSNorm, SwiGLU   # noqa: F811 (likewise)
+from .attention import Attention
+from .layers import RMSNorm, SwiGLU
 from .model import Block, Llama, LlamaConfig, look_up
 
 

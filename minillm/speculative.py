@@ -8,8 +8,7 @@ __all__ = ['verify', 'read', 'propose', 'speculate']
 import torch
 from torch import Tensor, nn
 
-from .generate import (  # noqa: F811 (the notebook has them, the module does not)
-    check_prompt, check_sampling, distribution, make_caches)
+from .generate import check_prompt, check_sampling, distribution, make_caches
 
 
 def verify(p: Tensor, q: Tensor, drafted: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
