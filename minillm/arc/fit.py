@@ -5,8 +5,8 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from minillm.fast_train import (Prefetched, by_hand, can_compile, chunked_loss, compiled,
-                                fused_loss, keep_memory)
+from minillm.fast_train import (by_hand, can_compile, chunked_loss, compiled, fused_loss,
+                                keep_memory)
 from minillm.parallel import Processes, sharded
 from minillm.train import TrainConfig, count_targets, token_loss, train
 
@@ -37,8 +37,6 @@ def fit(model: nn.Module, batches, config: TrainConfig, loss: Callable = token_l
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_memory()
-    else:
-        batches = Prefetched(batches)
     with sharded(model) if shard else nullcontext(model) as held:
         forward, loss = faster(held, loss, compiling, any_length=True)
         history = train(forward, batches, config, loss, count, Processes(device))

@@ -11,7 +11,7 @@ from minillm.arc import stages
 from minillm.arc.fit import faster, fit
 from minillm.arc.sizes import SIZES
 from minillm.data import Rows, encode_document
-from minillm.fast_train import (BlockByHand, FusedBlock, Prefetched, chunked_loss, fused_loss,
+from minillm.fast_train import (BlockByHand, FusedBlock, chunked_loss, fused_loss,
                                 twin_of)
 from minillm.lora import add_lora
 from minillm.model import Llama
@@ -95,21 +95,6 @@ def test_a_head_that_is_more_than_its_weight_is_called(change, loss):
     model = tiny()
     change(model.lm_head)
     assert torch.equal(loss(model, *Batches()[0]), token_loss(model, *Batches()[0]))
-
-
-def test_prefetched_batches_come_in_any_order_and_raise_where_they_belong():
-    class Source:
-        def __getitem__(self, i):
-            if i == 5:
-                raise OSError("disk gone")
-            return (torch.tensor(10 * i),)
-
-    ahead = Prefetched(Source(), pin=False)
-    assert [ahead[i][0].item() for i in (2, 3, 4, 0, 0, 8, 1)] == [20, 30, 40, 0, 0, 80, 10]
-    assert ahead[4][0].item() == 40
-    with pytest.raises(OSError, match="disk gone"):
-        ahead[5]
-    assert ahead[6][0].item() == 60
 
 
 @pytest.mark.parametrize("lora", [False, True])
