@@ -7,6 +7,7 @@ __all__ = ['multiply_by', 'fused', 'signed_angles', 'rotate', 'fused_norm', 'Dec
 
 # %% ../notebooks/23_speed.ipynb #d3c0de10
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +89,15 @@ class DecodeBlock:
         self.gate_up = fused(mlp.gate_proj, mlp.up_proj)
         self.down = fused(mlp.down_proj)
 
-    def __call__(self, x, angles, cache, mask):
+    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any,
+                 mask: Tensor | None) -> Tensor:
         """x (b, d) -> (b, d); angles: cos and sin (k,) of its position; mask: (b, 1, 1, s)."""
         x = x + self.attention(self.norm_1(x), angles, cache, mask)
         return x + self.mlp(self.norm_2(x))
 
-    def attention(self, x, angles, cache, mask):
+    def attention(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any,
+                  mask: Tensor | None) -> Tensor:
+        """As Attention.forward, for one position."""
         h, g, k = self.heads
         qkv = self.qkv(x).view(len(x), h + 2 * g, k)
         qk, v = qkv.split((h + g, g), dim=1)
@@ -103,7 +107,8 @@ class DecodeBlock:
         mixed = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.out(mixed.reshape(-1, h * k))
 
-    def mlp(self, x):
+    def mlp(self, x: Tensor) -> Tensor:
+        """As SwiGLU.forward."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 

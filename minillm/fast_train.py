@@ -15,12 +15,14 @@ import ctypes
 import functools
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from .attention import Attention, attend as causal_attention
 from .layers import RMSNorm, SwiGLU
@@ -41,7 +43,7 @@ def keep_memory() -> None:
         mallopt(-4, 0)
 
 # %% ../notebooks/23_speed.ipynb #56b1e4cd
-def norm(x, eps):
+def norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm of the rows of x (n, d), but for its gain, and the factors r (n, 1) that scaled
     them."""
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
@@ -49,30 +51,31 @@ def norm(x, eps):
     return x * r, r
 
 
-def norm_back(g, x, r, dy):
+def norm_back(g: Tensor, x: Tensor, r: Tensor, dy: Tensor) -> Tensor:
     """The gradient of x, from g, that of what `norm` returned, and dy, that of x by another way,
     which is added."""
     along = (g * x).sum(-1, keepdim=True)
     return torch.addcmul(dy, x, along * r.pow(3), value=-1 / x.shape[-1]).addcmul_(g, r)
 
 
-def gain_back(gradients, weights, gain):
+def gain_back(gradients: list[Tensor], weights: list[Tensor],
+              gain: Tensor) -> tuple[Tensor, ...]:
     """The gradients of the gain (d,) and of weights (o, d), from those of each weight * gain."""
     return sum((g * w).sum(0) for g, w in zip(gradients, weights)), *(g * gain for g in gradients)
 
 # %% ../notebooks/23_speed.ipynb #d8c635f0
-def paired(w, k):
+def paired(w: Tensor, k: int) -> Tensor:
     """The rows of a matrix w (n * k, d) in another order: within each k, the halves' numbers side
     by side, 0, k/2, 1, k/2 + 1 and so on."""
     return w.unflatten(0, (-1, 2, k // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def halved(w, k):
+def halved(w: Tensor, k: int) -> Tensor:
     """`paired` undone."""
     return w.unflatten(0, (-1, k // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def turn(x, by, out):
+def turn(x: Tensor, by: Tensor, out: Tensor) -> None:
     """Writes to `out` x (..., t, k), whose pairs of neighbours are taken as complex numbers, times
     by (t, k/2), complex."""
     pairs = [torch.view_as_complex(z.unflatten(-1, (-1, 2))) for z in (x, out)]
@@ -82,13 +85,13 @@ def turn(x, by, out):
 QUERIES = 64        # attention goes by so many queries at a time
 
 
-def tiles(t):
+def tiles(t: int) -> Iterator[tuple[slice, slice]]:
     """(queries, the keys that they may look at), slices that cover t positions."""
     for i in range(0, t, QUERIES):
         yield slice(i, i + QUERIES), slice(0, min(i + QUERIES, t))
 
 # %% ../notebooks/23_speed.ipynb #e213d579
-def attend(q, k, v):
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Causal attention, all (n, t, k), without the division by sqrt(k): the result, and the
     probabilities of each tile."""
     out, saved = torch.empty_like(q), []
@@ -102,7 +105,8 @@ def attend(q, k, v):
     return out, saved
 
 # %% ../notebooks/23_speed.ipynb #e213d57a
-def attend_back(g, q, k, v, saved):
+def attend_back(g: Tensor, q: Tensor, k: Tensor, v: Tensor,
+                saved: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, from that of the result and what `attend` saved."""
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for (i, j), p in zip(tiles(q.shape[1]), saved):
@@ -114,7 +118,7 @@ def attend_back(g, q, k, v, saved):
     return dq, dk, dv
 
 # %% ../notebooks/23_speed.ipynb #1406c532
-def plus(x, a, weight):
+def plus(x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
     """x + a @ weight.T, in the dtype of x."""
     return torch.addmm(x, a, weight.T) if a.dtype == x.dtype else x + a @ weight.T
 
@@ -124,7 +128,8 @@ class FeedForwardHalf(torch.autograd.Function):
     those of the Block."""
 
     @staticmethod
-    def forward(ctx, x, eps, dtype, gain, w_gate, w_up, w_down):
+    def forward(ctx: FunctionCtx, x: Tensor, eps: float, dtype: torch.dtype, gain: Tensor,
+                w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         a, r = norm(x, eps)
         a = a.to(dtype)
         gate, up = (a @ (w * gain).to(dtype).T for w in (w_gate, w_up))
@@ -132,7 +137,7 @@ class FeedForwardHalf(torch.autograd.Function):
         return plus(x, F.silu(gate).mul_(up), w_down.to(dtype))
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, r, a, gate, up, w_gate, w_up, w_down = ctx.saved_tensors
         dn, s = dy.to(a.dtype), F.silu(gate)
         dw_down, d_inner = dn.T @ (s * up), dn @ w_down.to(a.dtype)
@@ -140,11 +145,11 @@ class FeedForwardHalf(torch.autograd.Function):
         in_gate, in_up = ((w * gain).to(a.dtype) for w in (w_gate, w_up))
         da = plus((d_gate @ in_gate).to(x.dtype), d_up, in_up.T)
         dw = ((z.T @ a).to(x.dtype) for z in (d_gate, d_up))
-        dw = gain_back([*dw], (w_gate, w_up), gain)
+        dw = gain_back([*dw], [w_gate, w_up], gain)
         return norm_back(da, x, r, dy), None, None, *dw, dw_down.to(x.dtype)
 
 # %% ../notebooks/23_speed.ipynb #4a98fe83
-def heads_of(qkv, by, h, g):
+def heads_of(qkv: Tensor, by: Tensor, h: int, g: int) -> list[Tensor]:
     """Queries, keys and values for attend, all (b h, t, k), from qkv (b, h + 2g, t, k): h query
     heads, then g of keys and g of values; by (t, k/2): see turn."""
     b, _, t, k = qkv.shape
@@ -157,7 +162,7 @@ def heads_of(qkv, by, h, g):
     return [z.contiguous().flatten(0, 1) for z in (q, key, v)]
 
 # %% ../notebooks/23_speed.ipynb #4a98fe82
-def heads_back(dq, dk, dv, by, g):
+def heads_back(dq: Tensor, dk: Tensor, dv: Tensor, by: Tensor, g: int) -> Tensor:
     """The gradient (b, t, h + 2g, k) of qkv, from those of queries, keys and values, all
     (b, h, t, k)."""
     b, h, t, k = dq.shape
@@ -179,17 +184,17 @@ class AttentionHalf(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, cos, sin, eps, dtype, gain, wq, wk, wv, wo):
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor, eps: float,
+                dtype: torch.dtype, gain: Tensor, wq: Tensor, wk: Tensor, wv: Tensor,
+                wo: Tensor) -> Tensor:
         (b, t, d), k, wide = x.shape, 2 * cos.shape[1], x.dtype
         h, g = len(wq) // k, len(wk) // k
         x = x.flatten(0, 1)                                               # (n, d)
-        # Queries and keys are both scaled by k^(-1/4), so that scores come out divided by sqrt(k).
-        by = torch.complex(cos, sin) * k**-0.25                           # (t, k/2)
+        by = torch.complex(cos, sin) * k**-0.25         # (t, k/2), for scores divided by sqrt(k)
         # The gain of the norm scales the columns of the weights: a small matrix, not all rows.
         w_in = torch.cat((paired(wq, k), paired(wk, k), wv)) * gain       # ((h + 2g) k, d)
-        w_in = w_in.to(dtype)
         a, r = norm(x, eps)
-        a = a.to(dtype)
+        a, w_in = a.to(dtype), w_in.to(dtype)
         qkv = (a @ w_in.T).view(b, t, h + 2 * g, k).transpose(1, 2).to(wide)
         q, key, v = heads_of(qkv, by, h, g)                               # (b h, t, k)
         out, p = attend(q, key, v)
@@ -199,7 +204,7 @@ class AttentionHalf(torch.autograd.Function):
         return plus(x, out, wo.to(dtype)).view(b, t, d)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, r, a, by, q, key, v, out, w_in, wq, wk, wv, wo, *p = ctx.saved_tensors
         (b, t, d), k, wide = dy.shape, q.shape[2], x.dtype
         h, g = len(wq) // k, len(wk) // k
@@ -211,14 +216,14 @@ class AttentionHalf(torch.autograd.Function):
         d_in = heads_back(dq, dk, dv, by, g).view(b * t, -1).to(a.dtype)  # (n, (h + 2g) k)
         dx = norm_back((d_in @ w_in).to(wide), x, r, dy).view(b, t, d)
         dq, dk, dv = (d_in.T @ a).to(wide).split((h * k, g * k, g * k))   # of the weights
-        dw = gain_back((halved(dq, k), halved(dk, k), dv), (wq, wk, wv), gain)
+        dw = gain_back([halved(dq, k), halved(dk, k), dv], [wq, wk, wv], gain)
         return dx, None, None, None, None, *dw, (dn.T @ out).to(wide)
 
 # %% ../notebooks/23_speed.ipynb #ffc4fb4a
 class BlockByHand(Block):
     """A Block whose training step is written by hand."""
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None) -> Tensor:
         """As Block.forward. Beyond 512 positions the probabilities that would be kept grow too
         large."""
         if cache is not None or x.shape[1] > 512:
@@ -270,7 +275,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     weight.T, for x (n, d), weight (v, d)."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, dtype):
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor,
+                dtype: torch.dtype) -> Tensor:
         total, dx, narrow = x.new_zeros(()), torch.zeros_like(x), weight.to(dtype)
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for rows in (targets != -100).nonzero()[:, 0].split(1024):
@@ -289,7 +295,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         return dx * g, None if dw is None else dw * g, None, None
 
@@ -317,7 +323,7 @@ def chunked_loss(model: nn.Module, inputs: Tensor, targets: Tensor,
 class FusedBlock(Block):
     """A Block in fewer and larger matrix products, for torch.compile."""
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any = None) -> Tensor:
         """As Block.forward."""
         attention, mlp = self.self_attn, self.mlp
         if cache is not None or not (untouched(attention) and untouched(mlp)

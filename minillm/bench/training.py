@@ -111,7 +111,7 @@ def train_shape(name: str, c: LlamaConfig, rounds: int, peers: Path | None,
     makers = contenders(c, inputs, targets, peers, compiling, on_gpu)
     steps = {who: ready(make, on_gpu) for who, (_, make) in makers.items()}
     tops = {precision: matrix_product(precision, device) for precision, _ in makers.values()}
-    works = {who: partial(several, step, STEPS) if on_gpu else step
+    works = {who: partial(several, step, STEPS if on_gpu else 1)
              for who, (step, _) in steps.items()}
     seconds, rates, line = measured(works, rounds, tops.values())
     machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
