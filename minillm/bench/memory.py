@@ -378,6 +378,6 @@ def report() -> None:
     parameters = count_parameters(SIZES["gpu"].stories.model)
     print(f"\nThe size gpu, {parameters / 1e6:.0f} M parameters, its batches at their longest:")
     print(table(recipe_rows()))
-    print("These are upper bounds for a compiled model, which keeps less. Measured with torch 2.11:\n"
-          "a step of 64 x 288 tokens at the size gpu took 5.0 GB on an H100 without compiling, and\n"
-          "3.4 GB on an H200 compiled (predicted: 4.8). The times were not measured.")
+    print("These are upper bounds for a compiled model, which keeps less. Measured with torch\n"
+          "2.11: a step of 64 x 288 tokens at the size gpu took 5.0 GB on an H100 without\n"
+          "compiling, and 3.4 GB on an H200 compiled (predicted: 4.8). The times were not measured.")
