@@ -380,4 +380,4 @@ def report() -> None:
     print(table(recipe_rows()))
     print("These are upper bounds for a compiled model, which keeps less. Measured with torch\n"
           "2.11: a step of 64 x 288 tokens at the size gpu took 5.0 GB on an H100 without\n"
-          "compiling, and 3.4 GB on an H200 compiled (predicted: 4.8). The times were not measured.")
+          "compiling, and 3.4 GB on an H200 compiled (predicted: 4.8). Times were not measured.")
