@@ -174,7 +174,7 @@ def seen_tokens(ids: Tensor, vocab_size: int, padding: Tensor | None = None) -> 
 # %% ../notebooks/08_generation.ipynb #97c53fb5
 def steps(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
           repetition_penalty: float = 1.0, seed: int = 0, padding: Tensor | None = None,
-          **cuts) -> Iterator[Tensor]:
+          **cuts: float | None) -> Iterator[Tensor]:
     """Yield the next token of each row, int64 (b,), max_new_tokens times.
 
     cuts: top_k, top_p, min_p. See generate, which checks the arguments.

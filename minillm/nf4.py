@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from .lora import TARGETS, find_targets, refuse_lora, replace_module
 
@@ -59,12 +60,12 @@ class FrozenProduct(torch.autograd.Function):
     """x W^T where W is unpacked when it is needed, forward and backward, and never kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, layer: nn.Module) -> Tensor:
         ctx.layer = layer
         return F.linear(x, layer.weight.to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.weight.to(grad.dtype), None
 
 # %% ../notebooks/12_lora.ipynb #c64f05fb

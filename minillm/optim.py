@@ -87,7 +87,7 @@ class Muon(AdamW):
     i).
     """
 
-    def __init__(self, model: nn.Module, scale: float, **settings):
+    def __init__(self, model: nn.Module, scale: float, **settings: float | tuple[float, float]):
         super().__init__(model, **settings)
         self.scale, self.shapes = scale, {}                  # {(o, i): names of the matrices}
         for n, p in self.params.items():

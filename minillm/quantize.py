@@ -37,7 +37,7 @@ class QuantizedLinear(nn.Module):
     is not an nn.Linear.
     """
 
-    def __init__(self, linear: nn.Linear, **options):
+    def __init__(self, linear: nn.Linear, **options: float | None):
         super().__init__()
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"an nn.Linear is needed: got {type(linear).__name__}")

@@ -4,7 +4,7 @@
 # %% auto #0
 __all__ = ['LIMITS', 'ALONE', 'token_loss', 'check_config', 'TrainConfig', 'learning_rate',
            'joint_norm', 'clip_gradients', 'count_targets', 'backward', 'default_precision',
-           'describe_run', 'OneProcess', 'train_step', 'train', 'progress']
+           'Batches', 'describe_run', 'OneProcess', 'train_step', 'train', 'progress']
 
 # %% ../notebooks/07_training.ipynb #87e94e65
 import hashlib
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +169,14 @@ def default_precision(device: str | torch.device) -> str:
     return "bf16" if in_hardware else "float32"
 
 # %% ../notebooks/07_training.ipynb #099718bc
-def describe_run(config: TrainConfig, batches) -> dict[str, str]:
+class Batches(Protocol):
+    """What train() learns from: batches[i], a tuple of tensors with as many rows each, is a
+    function of i, so that i is all there is to know to resume."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]: ...
+
+
+def describe_run(config: TrainConfig, batches: Batches) -> dict[str, str]:
     """What a resumed run must share with its beginning: the settings that shape the weights, and
     its first batch."""
     free = ("checkpoint", "checkpoint_every", "bar", "floor")
@@ -226,7 +234,7 @@ def train_step(model: nn.Module, micro: list[tuple[Tensor, ...]], optimizer: Ada
     return {"step": step, "loss": mean, "lr": lr, "grad_norm": norm, "tokens": tokens}
 
 # %% ../notebooks/07_training.ipynb #fda31a39
-def train(model: nn.Module, batches, config: TrainConfig, loss: Callable = token_loss,
+def train(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callable = token_loss,
           count: Callable = count_targets, group: OneProcess = ALONE) -> list[dict[str, float]]:
     """Train in place on batches[i] -> inputs, targets, int64 (b, t), where a target of -100 does
     not count.

@@ -8,7 +8,7 @@ from torch import nn
 from minillm.fast_train import (by_hand, can_compile, chunked_loss, compiled, fused_loss,
                                 keep_memory)
 from minillm.parallel import Processes, sharded
-from minillm.train import TrainConfig, count_targets, token_loss, train
+from minillm.train import Batches, TrainConfig, count_targets, token_loss, train
 
 
 def faster(model: nn.Module, loss: Callable = token_loss, compiling: bool = False,
@@ -26,7 +26,7 @@ def faster(model: nn.Module, loss: Callable = token_loss, compiling: bool = Fals
     return compiled(model, any_length) if compiling else by_hand(model), loss
 
 
-def fit(model: nn.Module, batches, config: TrainConfig, loss: Callable = token_loss,
+def fit(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callable = token_loss,
         count: Callable = count_targets, compiling: bool = False,
         shard: bool = False) -> list[dict[str, float]]:
     """As train(): the same arguments, result and exceptions, the same steps to rounding.
