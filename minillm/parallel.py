@@ -1,7 +1,8 @@
-"""One run on several processes, started by torchrun (data parallelism; Li et al. 2020, "PyTorch
-Distributed"): each takes its rows of every batch, and gradients are added up, so that the result is
-that of one process, to rounding. `sharded` also splits what they hold (written by hand until
-chapter 10 exports it)."""
+"""Data parallelism under torchrun: each process takes its rows, and gradients are summed.
+
+The result is that of one process, to rounding (Li et al. 2020, "PyTorch Distributed"). `sharded`
+also splits what the processes hold. Written by hand until chapter 10 exports it.
+"""
 import os
 import sys
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Instruction tuning: the chat template, the mask of what is learnt, fine-tuning (chapter 11).
+"""Instruction tuning: chat template, loss mask (which tokens count), fine-tuning (chapter 11).
 
 Also batches of dialogues, replies to them, and distillation.
 """

@@ -49,10 +49,15 @@ class Stage:
 
 
 def code_of(module: str) -> str:
-    """The code of a module without comments and layout, so that a change in wording builds nothing
-    anew."""
+    """The code of a module without comments, docstrings and layout, so that a change in wording
+    builds nothing anew."""
     path = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
-    return ast.dump(ast.parse(path.read_text(encoding="utf-8")))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def key(recipe: Recipe | Tuning, code: tuple[str, ...] = CODE, after: str = "") -> str:

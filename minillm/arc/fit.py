@@ -1,5 +1,8 @@
-"""train() of chapter 07 with everything that makes it fast on this machine (chapter 23), and on
-several processes where torchrun started them (chapter 10)."""
+"""Decides how a stage trains on this machine (fast blocks, compiling, processes), and runs train().
+
+The loop is that of chapter 07; the fast pieces come from chapter 23, several processes from
+minillm/parallel.py.
+"""
 from collections.abc import Callable
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""How large the model of the course is, and how each stage of it is made, by size."""
+"""The settings of each stage, by size: shape of the model, data, steps, batch, learning rate."""
 import os
 from dataclasses import dataclass, replace
 

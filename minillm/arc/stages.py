@@ -1,4 +1,7 @@
-"""The stages of the model: what each is, and how it is made from the one before it."""
+"""The stages of the model (base, chat, ...), and the function that makes each from the one before.
+
+Another stage is added here, with its settings in minillm/arc/sizes.py.
+"""
 from dataclasses import replace
 from functools import partial
 

@@ -1,8 +1,4 @@
-"""What the benchmark runs beside our code, from PyPI and from a folder of checkouts.
-
-The same model by others, to train, and to write with our weights in float32 and int8; llama2.c's
-programs; tokenizers.
-"""
+"""The rival implementations that we are measured against, from PyPI and from checkouts."""
 import contextlib
 import copy
 import importlib.util

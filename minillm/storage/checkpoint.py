@@ -1,6 +1,6 @@
-"""Checkpoints: files from which a killed run continues as if nothing had happened.
+"""Checkpoints of a run, written, found and resumed. How often is a setting of minillm/train.py.
 
-Also a Ctrl-C that waits for the end of a step. Written by hand; chapter 07 trains with them.
+Also a Ctrl-C that waits for the end of a step.
 """
 import json
 import signal

@@ -1,4 +1,4 @@
-"""What a model folder claims: config.json, tokenizer.json, headers of safetensors files, shards.
+"""Checks of a model folder before it is opened: config, tokenizer, safetensors headers, shards.
 
 Somebody else may have written it, so each claim is held against the files before anything is
 allocated or opened on its word. Every function raises ValueError, naming the file and the key or

@@ -1,5 +1,7 @@
-"""What files must know of several processes: who writes, whether all see the folder, and tensors
-that each process holds a share of. Without `torch.distributed` everything here does nothing."""
+"""Files of several processes: who writes, whether all see the folder, who holds which part.
+
+Without `torch.distributed` everything here does nothing.
+"""
 import time
 from pathlib import Path
 

@@ -142,6 +142,20 @@ def test_settings_text_and_code_are_in_the_key(small, monkeypatch):
     assert cache.key(recipe) != before
 
 
+def test_wording_is_not_in_the_key(monkeypatch, tmp_path):
+    """Comments, docstrings and layout change nothing; a number does."""
+    (tmp_path / "arc").mkdir()
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "arc" / "cache.py"))
+
+    def code_of(source):
+        (tmp_path / "a.py").write_text(source)
+        return cache.code_of("a")
+
+    plain = code_of("def f(x):\n    return 2 * x\n")
+    worded = '"""What a holds."""\ndef f(x):\n    """Twice x."""\n    return 2 * x   # double\n'
+    assert code_of(worded) == plain != code_of("def f(x):\n    return 3 * x\n")
+
+
 def test_the_command_builds_every_stage_and_its_row(small, capsys):
     assert command.main([]) == 0
     shown = capsys.readouterr().out

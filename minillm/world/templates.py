@@ -1,4 +1,4 @@
-"""The words of the story world: its regions, and the sentences that stories are told in."""
+"""The text of the story world: words by region, and the sentences that tell each event."""
 from dataclasses import dataclass
 
 
