@@ -230,7 +230,8 @@ def test_seen_tokens_leaves_filler_out():
 
 # ---- streaming
 
-TOKENIZER = Tokenizer.train("the cat sat on the mat. Ünïcode 你好 你好 🙂🙂 naïve café " * 20, 290)
+TEXT = "the cat sat on the mat. Ünïcode 你好 你好 🙂🙂 naïve café "
+TOKENIZER = Tokenizer.train(TEXT * 20, 290)
 
 
 def random_text(rng):

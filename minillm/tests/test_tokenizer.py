@@ -17,8 +17,8 @@ END = "<|endoftext|>"
 STORIES = [World().sample(seed).text for seed in range(300)]
 UNWANTED = "Cn", "Cs", "Co"           # unassigned, surrogate, private
 CHARACTERS = [chr(i) for i in range(0x110000) if unicodedata.category(chr(i)) not in UNWANTED]
-POOLS = ["etaoin", " \n\t\r", "0123456789", "人有权的。，", "🦙\u200d👩🚀", "e\u0301\u0308ſß",
-         "\0\x1f\x85\u2028\ufeff", CHARACTERS]
+POOLS = ["etaoin", " \n\t\r", "0123456789", "人有权的。，", "🦙\u200d👩🚀",
+         "e\u0301\u0308ſß", "\0\x1f\x85\u2028\ufeff", CHARACTERS]
 
 
 def random_text(rng, length=40):
