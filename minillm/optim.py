@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2), for what is
-    trainable in a model.
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
 
-    Matrices decay, vectors (the gains of the norms) do not. m[name] and v[name] have the shape of
-    the parameter.
+    It moves what is trainable in a model. Matrices decay, vectors (the gains of the norms) do not.
+    m[name] and v[name] have the shape of the parameter.
     """
 
     def __init__(self, model: nn.Module, betas: tuple[float, float] = (0.9, 0.95),
