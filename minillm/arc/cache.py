@@ -2,7 +2,8 @@
 
 The cache is keyed by what defines a stage: its settings, the text it learns from, the code that
 makes it, and the stage before it. It lives in the user's cache folder (the environment variable
-MINILLM_CACHE names another).
+MINILLM_CACHE names another). The folder of a stage holds the checksums of its files: a stage with a
+changed byte is built again, never loaded.
 """
 import ast
 import hashlib
@@ -14,15 +15,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
 
 from minillm.arc.sizes import Recipe, Tuning
 from minillm.lora import add_lora
 from minillm.model import Llama
+from minillm.storage.files import replacing
 from minillm.storage.shared import all_reduce_sum, check_shared, rank_and_world
-from minillm.storage.text_files import cache_folder
+from minillm.storage.text_files import cache_folder, file_sha256
 from minillm.tokenizer import Tokenizer
 from minillm.world import Setting
 
@@ -31,6 +33,8 @@ CODE = ("arc.cache", "arc.fit", "arc.stages", "attention", "bpe", "data", "fast_
         "model", "optim", "parallel", "rope", "storage.shared", "tokenizer", "train",
         "world.stories", "world.templates")
 RANK, ALPHA = 8, 16                       # of LoRA: what is stored of an adapter does not say them
+FILES = ("tokenizer.json", "model.safetensors", "history.json")      # of a stage in the cache
+SUMS = "SHA256SUMS"                       # their checksums; `sha256sum -c SHA256SUMS` reads it, too
 
 
 @dataclass
@@ -84,22 +88,82 @@ def build(name: str, recipe: Recipe | Tuning, make: Callable, bar: bool,
     make(recipe, before, checkpoints, bar) trains it, from the stage `before`; code: the modules
     that shape it, beside CODE; heldout_texts(recipe): the texts that a stage with none before it is
     not trained on. The folder gets its name when all is in it; until then it ends in .part and
-    holds checkpoints to go on from.
+    holds checkpoints to go on from. A damaged folder is removed, and the stage made again. Raises
+    OSError, naming the folder, if it cannot be written: before any training where that can be told.
     """
     folder = cache_folder() / f"{name}-{key(recipe, CODE + code, before.key if before else '')}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    check_shared(folder.parent, device())
-    first = rank_and_world()[0] == 0
-    with only_builder(folder.with_suffix(".lock"), name) if first else nullcontext():
-        if all_reduce_sum(int(first and not folder.exists()), device()):
-            part = folder.with_suffix(".part")
-            stage = make(recipe, before, part / "checkpoints", bar)
-            if first:
-                save(stage, part)
-                shutil.rmtree(part / "checkpoints")
-                os.replace(part, folder)
-        all_reduce_sum(0, device())            # the others wait here until the folder is there
+    # A stage that all processes find intact is loaded without a lock: the cache may be read-only.
+    if all_reduce_sum(int(damage(folder) != ""), device()):
+        part, first = folder.with_suffix(".part"), rank_and_world()[0] == 0
+        check_writable(folder.parent, name)
+        check_shared(folder.parent, device())
+        with only_builder(folder.with_suffix(".lock"), name) if first else nullcontext():
+            wrong = damage(folder) if first else ""
+            if all_reduce_sum(int(wrong != ""), device()):
+                check_writable(part, name)
+                check_writable(part / "checkpoints", name)
+                with saving(name, part):
+                    if first and folder.exists():
+                        print(f"The stage {name} in {folder} is damaged ({wrong}): it is removed "
+                              "and built again.", flush=True)
+                        shutil.rmtree(folder)
+                    stage = make(recipe, before, part / "checkpoints", bar)
+                    if first:
+                        save(stage, part)
+                        os.replace(part, folder)
+                        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            all_reduce_sum(0, device())        # the others wait here until the folder is there
     return load(folder, recipe, before, heldout_texts)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with the folder of a finished stage, in a few words; "" if it is intact."""
+    name = SUMS
+    try:
+        told, found = (folder / SUMS).read_bytes(), []
+        for name in FILES:
+            found.append(f"{file_sha256(folder / name)}  {name}\n".encode())
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    changed = [name for name, line in zip(FILES, found) if line not in told]
+    if changed:
+        return f"the checksum of {' and '.join(changed)} is not the one in {SUMS}"
+    return "" if told == b"".join(found) else f"{SUMS} has changed"
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Raises OSError, in all processes, unless the first can make `folder` and write to it. All
+    must call. name: the stage that is to be kept there."""
+    reason = ""
+    if rank_and_world()[0] == 0:
+        probe = folder / f"probe-{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(probe) as file:
+                file.write(bytes(2**20))             # on a full disk an empty file has room
+            probe.unlink()
+        except OSError as error:
+            reason = f" ({error.strerror})"
+    if all_reduce_sum(int(reason != ""), device()):
+        raise OSError(f"{folder} cannot be written{reason}, so the stage {name} could not be kept: "
+                      "it was not trained. Make the folder writable, or name another one with the "
+                      "environment variable MINILLM_CACHE")
+
+
+@contextmanager
+def saving(name: str, part: Path) -> Iterator[None]:
+    """An OSError within, such as that of a full disk, is raised as one that names the stage and the
+    folder `part`, and says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        kept = any((part / "checkpoints").glob("step-*.safetensors"))
+        then = "goes on from the checkpoint there" if kept else "begins again"
+        raise OSError(f"the stage {name} could not be saved in {part} ({error.strerror or error}). "
+                      f"When this is fixed, the same command {then}. The environment variable "
+                      "MINILLM_CACHE names another folder, to begin anew there") from error
 
 
 @contextmanager
@@ -118,18 +182,31 @@ def only_builder(path: Path, name: str) -> Iterator[None]:
 
 
 def save(stage: Stage, folder: Path) -> None:
-    """Write what load reads."""
-    stage.tokenizer.save(folder / "tokenizer.json")
+    """Write what load reads, the checksums last."""
     weights = {n: p.detach().cpu() for n, p in stage.model.named_parameters()}
-    save_file(weights, folder / "model.safetensors")
     told = json.dumps({"history": stage.history, "floor": stage.floor})
-    (folder / "history.json").write_text(told, encoding="utf-8")
+    stage.tokenizer.save(folder / "tokenizer.json")
+    write(folder / "model.safetensors", safetensors.torch.save(weights))
+    write(folder / "history.json", told.encode())
+    sums = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in FILES)
+    write(folder / SUMS, sums.encode())
+
+
+def write(path: Path, data: bytes) -> None:
+    """A file that is whole or not there."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def load(folder: Path, recipe: Recipe | Tuning, before: Stage | None,
          heldout_texts: Callable | None) -> Stage:
-    """The stage in a folder of the cache; the arguments are those of build."""
-    tensors = load_file(folder / "model.safetensors")
+    """The stage in a folder of the cache; the arguments are those of build.
+
+    Raises ValueError, naming the folder, if it is damaged.
+    """
+    if wrong := damage(folder):
+        raise ValueError(f"{folder} is damaged ({wrong}): delete it, and the stage is built again")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
     model = Llama(before.model.config if before else recipe.model)
     if any("lora" in name for name in tensors):
         add_lora(model, RANK, ALPHA)
