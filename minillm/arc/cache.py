@@ -92,28 +92,36 @@ def build(name: str, recipe: Recipe | Tuning, make: Callable, bar: bool,
     OSError, naming the folder, if it cannot be written: before any training where that can be told.
     """
     folder = cache_folder() / f"{name}-{key(recipe, CODE + code, before.key if before else '')}"
+    first, there, wrong = rank_and_world()[0] == 0, folder.exists(), damage(folder)
     # A stage that all processes find intact is loaded without a lock: the cache may be read-only.
-    if all_reduce_sum(int(damage(folder) != ""), device()):
-        part, first = folder.with_suffix(".part"), rank_and_world()[0] == 0
+    if all_reduce_sum(int(wrong != ""), device()):
+        if first and there:
+            print(f"The stage {name} in {folder} is damaged ({wrong}): it has to be built again.",
+                  flush=True)
         check_writable(folder.parent, name)
         check_shared(folder.parent, device())
         with only_builder(folder.with_suffix(".lock"), name) if first else nullcontext():
-            wrong = damage(folder) if first else ""
-            if all_reduce_sum(int(wrong != ""), device()):
-                check_writable(part, name)
-                check_writable(part / "checkpoints", name)
-                with saving(name, part):
-                    if first and folder.exists():
-                        print(f"The stage {name} in {folder} is damaged ({wrong}): it is removed "
-                              "and built again.", flush=True)
-                        shutil.rmtree(folder)
-                    stage = make(recipe, before, part / "checkpoints", bar)
-                    if first:
-                        save(stage, part)
-                        os.replace(part, folder)
-                        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if all_reduce_sum(int(first and damage(folder) != ""), device()):
+                make_in(folder, name, lambda checkpoints: make(recipe, before, checkpoints, bar))
             all_reduce_sum(0, device())        # the others wait here until the folder is there
     return load(folder, recipe, before, heldout_texts)
+
+
+def make_in(folder: Path, name: str, make: Callable[[Path], Stage]) -> None:
+    """Make a stage and keep it in `folder`, in the place of a damaged one. make(checkpoints) makes
+    it, and goes on from the checkpoints that an earlier call left."""
+    part, first = folder.with_suffix(".part"), rank_and_world()[0] == 0
+    check_writable(part, name)
+    check_writable(part / "checkpoints", name)
+    if first and folder.exists():
+        with saving(name, folder):
+            shutil.rmtree(folder)
+    with saving(name, part):
+        stage = make(part / "checkpoints")
+        if first:
+            save(stage, part)
+            os.replace(part, folder)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def damage(folder: Path) -> str:
@@ -153,17 +161,18 @@ def check_writable(folder: Path, name: str) -> None:
 
 
 @contextmanager
-def saving(name: str, part: Path) -> Iterator[None]:
+def saving(name: str, folder: Path) -> Iterator[None]:
     """An OSError within, such as that of a full disk, is raised as one that names the stage and the
-    folder `part`, and says how to go on."""
+    folder, and says how to go on."""
     try:
         yield
     except OSError as error:
-        kept = any((part / "checkpoints").glob("step-*.safetensors"))
+        kept = any((folder / "checkpoints").glob("step-*.safetensors"))
         then = "goes on from the checkpoint there" if kept else "begins again"
-        raise OSError(f"the stage {name} could not be saved in {part} ({error.strerror or error}). "
-                      f"When this is fixed, the same command {then}. The environment variable "
-                      "MINILLM_CACHE names another folder, to begin anew there") from error
+        raise OSError(f"the stage {name} could not be saved in {folder} "
+                      f"({error.strerror or error}). When this is fixed, the same command {then}. "
+                      "The environment variable MINILLM_CACHE names another folder, to begin anew "
+                      "there") from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from minillm.data import Rows
 from minillm.model import Llama, LlamaConfig
 from minillm.parallel import Processes, add_gradients, joined, my_rows
 from minillm.storage import checkpoint
-from minillm.storage.shared import rank_and_world
+from minillm.storage.shared import all_reduce_sum, rank_and_world
 from minillm.train import TrainConfig, backward, token_loss, train
 
 CONFIG = LlamaConfig(vocab_size=50, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48,
@@ -141,6 +141,22 @@ def test_a_stage_is_built_by_all_and_written_once(two, monkeypatch):
     assert by_two == alone
 
 
+def test_all_build_a_damaged_stage_again(two):
+    """One of two that went to load it would leave the other alone with its part of the work."""
+    folder, said = two
+    assert said.count("The stage base in") == 1 and "history.json is missing" in said
+    for rank in "01":
+        first, second = (load_file(folder / f"{name}{rank}") for name in ("stage", "repaired"))
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, atol=FAR_MUON, rtol=1e-3)
+
+
+def test_a_cache_that_cannot_be_written_is_refused_by_all(two):
+    for rank in "01":
+        error = (two[0] / f"unwritable{rank}").read_text()
+        assert "cannot be written" in error and str(two[0] / "no-folder") in error
+
+
 def test_a_batch_that_cannot_be_shared_alike_is_refused(two):
     assert (two[0] / "refused1").read_text() == (
         "2 processes cannot share a batch of 5 rows: make batch_size a multiple of 2")
@@ -177,6 +193,17 @@ if __name__ == "__main__":
         save_file(trained(folder / "steps"), folder / f"again{rank}")
         os.environ["MINILLM_CACHE"] = str(folder / "cache")
         save_file(stage(), folder / f"stage{rank}")
+        all_reduce_sum(0)                                   # both have loaded it
+        if rank == 0:
+            next((folder / "cache").glob("base-*/history.json")).unlink()
+        all_reduce_sum(0)
+        save_file(stage(), folder / f"repaired{rank}")
+        (folder / "no-folder").touch()
+        os.environ["MINILLM_CACHE"] = str(folder / "no-folder")
+        try:
+            stage()
+        except OSError as error:
+            (folder / f"unwritable{rank}").write_text(str(error))
         try:
             my_rows((torch.zeros(5, 5),))
         except ValueError as error:

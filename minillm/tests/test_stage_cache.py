@@ -211,6 +211,20 @@ def test_what_cannot_be_written_is_refused_before_training(maker, monkeypatch, p
     assert maker.made == 0
 
 
+def test_a_damaged_stage_that_cannot_be_removed_is_named(maker, monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "cache" / build(maker).key
+    (folder / "history.json").write_text("{}")
+
+    def rmtree(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(cache.shutil, "rmtree", rmtree)
+    with pytest.raises(OSError, match="Permission denied") as refused:
+        build(maker)
+    assert f"{folder} (" in str(refused.value) and maker.made == 1
+    assert f"{folder} is damaged" in capsys.readouterr().out
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     cut(monkeypatch, SIZES["cpu"], tmp_path)
