@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.arc import scorecard, sizes, stages
+from minillm.arc import ranges, scorecard, sizes, stages
 from minillm.arc.cache import Stage
 from minillm.data import ENDOFTEXT
 from minillm.fast_decode import FastDecoder
@@ -35,7 +35,8 @@ def arc() -> None:
         before = None if name == "chat" else chat.model
         rows.append(scorecard.score(name, stage.model, stage.tokenizer, before, base.setting))
         print(scorecard.table(rows))
-    print(f"{scorecard.LEGEND}\n\nTalk with it: python -m minillm chat")
+    print(f"{scorecard.LEGEND}\n\n{ranges.compare(rows[1:], sizes.chosen())}\n\n"
+          "Talk with it: python -m minillm chat")
 
 
 def own_text(paths: list[str]) -> None:

@@ -22,6 +22,9 @@ from minillm.world.stories import PLAIN, Setting, Story
 from minillm.world.templates import HARBOUR
 
 Asked = list[tuple[list[dict[str, str]], Question]]       # as exams() gives them
+Row = dict[str, str | float | None]       # of the scorecard, by column; None: nothing to count
+# How the numbers of a column are shown; those of all other columns are shares, shown in percent.
+FORMATS = {"bits/byte": ".4f", "MB": ".1f", "tokens/s": ".0f"}
 
 
 @torch.no_grad()
@@ -166,7 +169,7 @@ def trials(setting: Setting = PLAIN, n: int = 500) -> tuple[list[Story], Asked, 
     return stories, exams(n, setting=setting), exams(n, region=HARBOUR, setting=setting)
 
 
-def bounds(setting: Setting = PLAIN) -> tuple[float, dict[str, str]]:
+def bounds(setting: Setting = PLAIN) -> tuple[float, Row]:
     """The least bits per byte that are possible, and the first row of the scorecard.
 
     That row has them, and what guessing scores.
@@ -176,21 +179,21 @@ def bounds(setting: Setting = PLAIN) -> tuple[float, dict[str, str]]:
     floor = sum(-s.logp for s in stories) / math.log(2) / size
     row = {
         "stage": "(bounds)",
-        "bits/byte": f"{floor:.4f}",
-        "gap": "0.0%",
-        "consistency": f"{chance(stories):.1%}",
-        "answers": f"{statistics.mean(1 / q.candidates for _, q in valley):.1%}",
-        "harbour": f"{statistics.mean(1 / q.candidates for _, q in harbour):.1%}",
-        "wins": "50.0%",
-        "MB": "",
-        "tokens/s": "",
+        "bits/byte": floor,
+        "gap": 0.0,
+        "consistency": chance(stories),
+        "answers": statistics.mean(1 / q.candidates for _, q in valley),
+        "harbour": statistics.mean(1 / q.candidates for _, q in harbour),
+        "wins": 0.5,
+        "MB": None,
+        "tokens/s": None,
     }
     return floor, row
 
 
 def score(name: str, model: nn.Module, tokenizer: Tokenizer, chat: nn.Module | None = None,
-          setting: Setting = PLAIN) -> dict[str, str]:
-    """One row of the scorecard.
+          setting: Setting = PLAIN) -> Row:
+    """One row of the scorecard: numbers, which table() formats.
 
     chat: the model to win against (None, or the model itself: no wins to count); setting: of the
     stories that the model learned from.
@@ -198,22 +201,28 @@ def score(name: str, model: nn.Module, tokenizer: Tokenizer, chat: nn.Module | N
     stories, valley, harbour = trials(setting)
     bpb = bits_per_byte(model, [s.text for s in stories], tokenizer)
     fast = FastDecoder(model)
-    wins = f"{win_rate(fast, FastDecoder(chat), tokenizer, valley)[0]:.1%}" if chat else ""
     return {
         "stage": name,
-        "bits/byte": f"{bpb:.4f}",
-        "gap": f"{bpb / bounds(setting)[0] - 1:.1%}",
-        "consistency": f"{consistency(model, stories, tokenizer):.1%}",
-        "answers": f"{accuracy(fast, tokenizer, valley):.1%}",
-        "harbour": f"{accuracy(fast, tokenizer, harbour):.1%}",
-        "wins": wins,
-        "MB": f"{size_mb(model):.1f}",
-        "tokens/s": f"{speed(fast, tokenizer):.0f}",
+        "bits/byte": bpb,
+        "gap": bpb / bounds(setting)[0] - 1,
+        "consistency": consistency(model, stories, tokenizer),
+        "answers": accuracy(fast, tokenizer, valley),
+        "harbour": accuracy(fast, tokenizer, harbour),
+        "wins": win_rate(fast, FastDecoder(chat), tokenizer, valley)[0] if chat else None,
+        "MB": size_mb(model),
+        "tokens/s": speed(fast, tokenizer),
     }
 
 
-def table(rows: Sequence[dict[str, str]]) -> str:
+def cell(column: str, value: str | float | None) -> str:
+    """A value of a row as the scorecard shows it; text stays as it is."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else format(value, FORMATS.get(column, ".1%"))
+
+
+def table(rows: Sequence[Row]) -> str:
     """Rows (dicts with the same keys) as text in columns."""
-    lines = [list(rows[0])] + [list(row.values()) for row in rows]
+    lines = [list(rows[0])] + [[cell(*item) for item in row.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
+    return "\n".join("  ".join(text.rjust(w) for text, w in zip(line, widths)) for line in lines)

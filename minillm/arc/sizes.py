@@ -12,8 +12,8 @@ from minillm.world import Setting
 @dataclass(frozen=True)
 class Recipe:
     """How a base model is made. vocab_size is that of the tokenizer; stories (0: the text of files)
-    are seen once each; setting: how rich they are, and all that later stages ask and tell;
-    compiling: see arc.fit."""
+    are seen once each; seed: of the first weights and the order of batches; setting: how rich the
+    stories are, and all that later stages ask and tell; compiling: see arc.fit."""
 
     model: LlamaConfig
     training: TrainConfig
@@ -28,11 +28,13 @@ class Recipe:
 @dataclass(frozen=True)
 class Tuning:
     """How a stage is made from the one before it. examples: dialogues, or questions whose answers
-    become preference pairs; compiling: see arc.fit."""
+    become preference pairs; seed: of the order of batches, the first weights of an adapter, and the
+    sampled answers; compiling: see arc.fit."""
 
     training: TrainConfig
     examples: int
     batch_size: int = 16
+    seed: int = 0
     compiling: bool = False
 
 

@@ -1,6 +1,8 @@
 """The stages of the model (base, chat, ...), and the function that makes each from the one before.
 
-Another stage is added here, with its settings in minillm/arc/sizes.py.
+Another stage is added here, with its settings in minillm/arc/sizes.py. With another `seed`, what is
+random in training is drawn anew, in a stage and in those before it; the stories, dialogues and
+questions that the stages learn from and are scored on stay the same.
 """
 from dataclasses import replace
 from functools import partial
@@ -32,10 +34,16 @@ SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
 BETA = 0.1                                # of DPO
 
 
-def base(bar: bool = True) -> Stage:
+def seeded(recipe: Recipe | Tuning, seed: int) -> Recipe | Tuning:
+    """A recipe with `seed` added to its own: 0 leaves it as the course has it."""
+    return replace(recipe, seed=recipe.seed + seed)
+
+
+def base(bar: bool = True, seed: int = 0) -> Stage:
     """The base model of the course: trained on the story world, about two minutes on two cores
     (size cpu) if it was not built before."""
-    return build("base", size().stories, make_base, bar, heldout_texts=heldout_texts)
+    recipe = seeded(size().stories, seed)
+    return build("base", recipe, make_base, bar, heldout_texts=heldout_texts)
 
 
 def from_files(paths: list[str], bar: bool = True) -> Stage:
@@ -46,27 +54,31 @@ def from_files(paths: list[str], bar: bool = True) -> Stage:
     return build("own", recipe, make_base, bar, heldout_texts=heldout_texts)
 
 
-def chat(bar: bool = True) -> Stage:
+def chat(bar: bool = True, seed: int = 0) -> Stage:
     """The base model tuned on dialogues: it answers questions about a story, and tells stories on
     demand."""
-    return build("chat", size().chat, make_chat, bar, base(bar), ("sft", "world.questions"))
+    recipe = seeded(size().chat, seed)
+    return build("chat", recipe, make_chat, bar, base(bar, seed), ("sft", "world.questions"))
 
 
-def lora(bar: bool = True) -> Stage:
+def lora(bar: bool = True, seed: int = 0) -> Stage:
     """The chat model with a LoRA adapter for the second region, the harbour."""
-    return build("lora", size().lora, make_lora, bar, chat(bar), ("lora",))
+    recipe = seeded(size().lora, seed)
+    return build("lora", recipe, make_lora, bar, chat(bar, seed), ("lora",))
 
 
-def dpo(bar: bool = True) -> Stage:
+def dpo(bar: bool = True, seed: int = 0) -> Stage:
     """The chat model tuned on preferences: of its own answers to a question, the one with the
     greatest true reward is chosen."""
-    return build("dpo", size().dpo, make_dpo, bar, chat(bar), ("dpo", "generate", "fast_decode"))
+    recipe = seeded(size().dpo, seed)
+    code = ("dpo", "generate", "fast_decode")
+    return build("dpo", recipe, make_dpo, bar, chat(bar, seed), code)
 
 
-def int8(bar: bool = True) -> Stage:
+def int8(bar: bool = True, seed: int = 0) -> Stage:
     """The dpo model with the linear layers of its blocks in 8 bits, one scale per row. Made anew
     each time: it takes milliseconds."""
-    stage = dpo(bar)
+    stage = dpo(bar, seed)
     quantize_model(stage.model)
     return stage
 
@@ -151,7 +163,7 @@ def make_chat(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Sta
 def make_lora(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stage:
     """The chat model with an adapter for the harbour."""
     # A is random: it should be the same whether the chat stage was built just now or loaded.
-    torch.manual_seed(0)
+    torch.manual_seed(recipe.seed)
     add_lora(before.model, RANK, ALPHA)
     if bar:
         print(f"\nLoRA: {recipe.examples:,} dialogues from the harbour, an adapter of rank {RANK}.")
@@ -163,7 +175,7 @@ def tune(recipe: Tuning, before: Stage, data: list, checkpoints: str, bar: bool)
     """The stage `before`, tuned on dialogues."""
     config = replace(recipe.training, bar=bar, checkpoint=str(checkpoints))
     history = finetune(before.model, data, before.tokenizer, config, recipe.batch_size,
-                       fit=partial(fit, compiling=recipe.compiling))
+                       seed=recipe.seed, fit=partial(fit, compiling=recipe.compiling))
     return replace(before, history=history, floor=None)
 
 
@@ -173,11 +185,11 @@ def make_dpo(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stag
     model, tokenizer = before.model, before.tokenizer
     asked = exams(recipe.examples, "train", setting=before.setting)
     pairs = sample_pairs(FastDecoder(model), tokenizer, asked,
-                         lambda question, answer: question.reward(answer))
+                         lambda question, answer: question.reward(answer), seed=recipe.seed)
     if bar:
         print(f"\nDPO: {len(pairs):,} pairs of answers of the chat model to {recipe.examples:,} "
               "questions.")
-    batches = Pairs(pairs, tokenizer, model, recipe.batch_size)
+    batches = Pairs(pairs, tokenizer, model, recipe.batch_size, recipe.seed)
     config = replace(recipe.training, bar=bar, checkpoint=str(checkpoints))
     history = fit(model, batches, config, preference_loss(beta=BETA), count_pairs,
                   recipe.compiling)

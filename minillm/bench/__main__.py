@@ -1,7 +1,8 @@
 """Time our code beside that of others, in turns in one run, and print ratios of medians.
 
 `python -m minillm.bench train`, `generate`, `quantize` or `tokenize FILE`; `memory` predicts how
-much memory and time training takes on which GPU.
+much memory and time training takes on which GPU. `stages` trains every stage of the course's model
+with several seeds, and prints how far their scores spread.
 """
 import argparse
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from minillm.arc import sizes
 from minillm.bench.arguments import CHECKOUTS, Refused, check
 from minillm.bench.generation import TALKERS, generate, quantize
+from minillm.bench.stages import stages
 from minillm.bench.timing import plot
 from minillm.bench.tokenizers import tokenize
 from minillm.bench.training import GPU_SHAPES, SHAPES, train
@@ -42,6 +44,11 @@ def parser() -> argparse.ArgumentParser:
             q.add_argument("--compile", action="store_true",
                            help="on a CPU: our step compiled, too (takes a minute a shape)")
         q.set_defaults(work=work)
+    said = stages.__doc__.split("\n\n")[0]
+    q = what.add_parser("stages", help=said, description=said)
+    q.add_argument("--seeds", type=int, metavar="N", default=8, help="how many (default 8)")
+    q.add_argument("--save", action="store_true",
+                   help="keep the ranges: python -m minillm compares each run with them")
     said = "how much memory and time training takes on which GPU, predicted"
     what.add_parser("memory", help=said, description=said)
     return p
@@ -64,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             refuse("memory is predicted, not timed: it takes no options")
         from minillm.bench.memory import report      # reads MINILLM_SIZE, which is right by now
         return report()
+    if options.what == "stages":
+        if set(vars(options)) > {"what", "seeds", "save"}:
+            refuse("stages are trained, not timed: the options are --seeds and --save")
+        return train_stages(p, options.seeds, options.save)
     settings = {
         "rounds": getattr(options, "rounds", 10),
         "peers": getattr(options, "peers", None),
@@ -84,6 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if picture:
         plot(tables, picture)
         print(f"\nsaved {picture}")
+
+
+def train_stages(p: argparse.ArgumentParser, seeds: int, save: bool) -> None:
+    """The command stages."""
+    try:
+        stages(seeds, save, partial(print, flush=True))
+    except KeyboardInterrupt:
+        p.exit(130, "\nStopped. Finished stages are kept: the same command goes on.\n")
+    except (ValueError, OSError) as error:           # Refused, or a cache that cannot be written
+        p.exit(2, f"{p.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -95,6 +95,8 @@ def test_a_picture_is_saved_whole(tmp_path):
     ("tokenize pyproject.toml", "too small a text"),
     ("train --rounds two", "invalid int"),
     ("--rounds 3 memory", "takes no options"),
+    ("--rounds 3 stages", "the options are --seeds and --save"),
+    ("stages --seeds 1", "seeds must be at least 2"),
 ])
 def test_refuses(arguments, words, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -110,7 +112,8 @@ def check_refusal(code, stderr, words):
     assert stderr.count("error:") == 1 and "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("arguments", ["train", "generate", "quantize", "tokenize x", "memory"])
+@pytest.mark.parametrize("arguments", ["train", "generate", "quantize", "tokenize x", "memory",
+                                       "stages"])
 def test_a_size_that_does_not_exist_is_refused_by_every_command(arguments, capsys, monkeypatch):
     monkeypatch.setenv("MINILLM_SIZE", "huge")
     with pytest.raises(SystemExit) as stopped:
