@@ -1,6 +1,7 @@
 """Several seeds of every stage, the ranges of their scores, and runs compared with them."""
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +171,20 @@ def test_a_seed_shapes_every_stage(small):
             history = make(recipe, start, small / f"{name}-{len(losses)}", False).history
             losses.append([step["loss"] for step in history])
         assert losses[0] == losses[2] != losses[1], name
+
+
+def test_every_stage_is_made_from_those_of_the_same_seed(monkeypatch):
+    def build(name, recipe, make, bar, before=None, *_, **__):
+        way = f"{before.way} {name}" if before else name
+        return SimpleNamespace(way=f"{way} {recipe.seed}", model=None)
+
+    monkeypatch.setattr(stages, "build", build)
+    monkeypatch.setattr(stages, "quantize_model", lambda model: None)
+    ways = {name: getattr(stages, name)(seed=3).way for name in NAMES}
+    chat = "base 3 chat 3"
+    assert ways == {"base": "base 3", "chat": chat, "lora": f"{chat} lora 3",
+                    "dpo": f"{chat} dpo 3", "int8": f"{chat} dpo 3"}
+    assert stages.dpo().way == "base 0 chat 0 dpo 0"
 
 
 def test_a_seed_shapes_the_adapter_and_the_sampled_answers(small, monkeypatch):
