@@ -81,10 +81,6 @@ class Story:
         return self.text[: self.text.rindex(" So now ")]
 
 
-class Impossible(Exception):
-    """The text told so far is not a prefix of the text that is looked for."""
-
-
 class Teller:
     """Makes the choices and writes the text.
 
@@ -92,29 +88,28 @@ class Teller:
     each choice as (index, number of options), and `logp` the sum of their log-probabilities (nats).
     """
 
-    def __init__(self, rng: random.Random | None = None, script: Sequence[int] = (),
-                 wanted: str | None = None):
-        self.rng, self.script, self.wanted = rng, script, wanted
+    def __init__(self, rng: random.Random | None = None, script: Sequence[int] = ()):
+        self.rng, self.script = rng, script
         self.trail, self.logp, self.text = [], 0.0, ""
 
     def pick(self, options: Sequence, weights: Sequence[float] | None = None) -> Any:
         """One of the options, in proportion to the weights (None: all alike)."""
-        n = len(options)
-        if self.rng and weights is None:
-            i = int(self.rng.random() * n)
-        elif self.rng:
-            i = self.rng.choices(range(n), weights)[0]
-        else:
-            i = self.script[len(self.trail)] if len(self.trail) < len(self.script) else 0
+        n, i = len(options), self.choose(options, weights)
         self.trail.append((i, n))
         self.logp += -math.log(n) if weights is None else math.log(weights[i] / sum(weights))
         return options[i]
 
+    def choose(self, options: Sequence, weights: Sequence[float] | None) -> int:
+        """The index of the option to pick."""
+        if self.rng and weights is None:
+            return int(self.rng.random() * len(options))
+        if self.rng:
+            return self.rng.choices(range(len(options)), weights)[0]
+        return self.script[len(self.trail)] if len(self.trail) < len(self.script) else 0
+
     def say(self, sentence: str) -> None:
-        """Append a sentence. Raises Impossible if the text then leaves the one that is wanted."""
+        """Append a sentence."""
         self.text += " " + sentence if self.text else sentence
-        if self.wanted is not None and not self.wanted.startswith(self.text):
-            raise Impossible
 
 
 def with_article(words: str) -> str:
@@ -164,21 +159,15 @@ class World:
         """The n stories with the seeds from `start` on."""
         return [self.sample(seed, split) for seed in range(start, start + n)]
 
-    def enumerate(self, wanted: str | None = None) -> Iterator[Story]:
+    def enumerate(self) -> Iterator[Story]:
         """Every story that the world can tell, by depth-first search over the choices.
 
-        With `wanted`, every way to tell that text: the search turns back at the first word that
-        differs. Without it, for small settings only.
+        For small settings only.
         """
         script = []
         while True:
-            teller = Teller(script=script, wanted=wanted)
-            try:
-                story = self.tell(teller)
-                if wanted is None or story.text == wanted:
-                    yield story
-            except Impossible:
-                pass
+            teller = Teller(script=script)
+            yield self.tell(teller)
             # The next script: drop the choices that were at their last option, and advance the one
             # before them.
             trail = teller.trail
@@ -190,9 +179,12 @@ class World:
             script[-1] += 1
 
     def logprob(self, text: str) -> float:
-        """Log-probability (nats) of a text under the world, -inf if it cannot be told."""
-        ways = [story.logp for story in self.enumerate(wanted=text)]
-        return math.log(sum(math.exp(w) for w in ways)) if ways else -math.inf
+        """Log-probability (nats) of a text under the world, -inf if it cannot be told.
+
+        `minillm.world.reader.read` also says why it cannot.
+        """
+        from minillm.world.reader import read      # here, because the reader imports this module
+        return read(text, self.region, self.setting).logp
 
     def tell(self, t: Teller) -> Story:
         """The story that the choices of a Teller make."""
@@ -202,16 +194,11 @@ class World:
             self.introduce(t, scene)
         for _ in range(pick_number(t, setting.objects)):
             self.place_thing(t, scene)
-        opening = t.pick(DAYS).format(t.pick(WEATHER)) + ", "
+        opening = pick_opening(t)
         for _ in range(pick_number(t, setting.events)):
             scene.happen(opening, self.region.places)
             opening = None
-        asked = t.pick(scene.things)
-        holder = asked.holder
-        if holder:
-            t.say(WITH.format(T=asked.name, name=holder.name, P=holder.place))
-        else:
-            t.say(LIES.format(T=asked.name, P=asked.place))
+        asked = self.conclude(t, scene)
         return Story(t.text, t.logp, scene.people, scene.things, asked, scene.places)
 
     def introduce(self, t: Teller, scene: "Scene") -> None:
@@ -221,8 +208,7 @@ class World:
         trait = t.pick(without(region.traits, *(p.trait for p in people)))
         kind = t.pick(without(region.kinds, *(p.kind for p in people)))
         place = t.pick(region.places)
-        pronouns = ("she", "her", "her") if name in region.she else ("he", "his", "him")
-        she, her, _ = pronouns
+        she, her, _ = pronouns = region.pronouns(name)
         article = with_article(trait)
         sentence = t.pick(OTHER if people else FIRST)
         t.say(sentence.format(name=name, kind=kind, trait=trait, P=place, a=article,
@@ -244,6 +230,21 @@ class World:
         scene.things.append(Thing(colour, noun, owner, place))
         if place:
             scene.places.append(place)
+
+    def conclude(self, t: Teller, scene: "Scene") -> Thing:
+        """The last sentence: where one of the things is now. Returns that thing."""
+        asked = t.pick(scene.things)
+        holder = asked.holder
+        if holder:
+            t.say(WITH.format(T=asked.name, name=holder.name, P=holder.place))
+        else:
+            t.say(LIES.format(T=asked.name, P=asked.place))
+        return asked
+
+
+def pick_opening(t: Teller) -> str:
+    """What the first event begins with: "One warm morning, "."""
+    return t.pick(DAYS).format(t.pick(WEATHER)) + ", "
 
 
 def pick_number(t: Teller, bounds: tuple[int, int]) -> int:
@@ -284,6 +285,10 @@ class Scene:
             "lost": [(None, x) for x in lying],
         }
 
+    def may_be_pronoun(self, who: Character, event: str, sentence: str) -> bool:
+        """Whether the sentence of an event may call `who` she or he instead of the name."""
+        return who is self.subject and event not in MOVES and "{S}" in sentence
+
     def happen(self, opening: str | None, all_places: Sequence[str]) -> None:
         """One event: who does what, with whom and where; then the state after it.
 
@@ -305,8 +310,7 @@ class Scene:
         else:
             place = who.place
         sentence = t.pick(EVENTS[event][1])
-        may_be_pronoun = who is self.subject and event not in MOVES and "{S}" in sentence
-        pronoun = may_be_pronoun and t.pick((True, False))
+        pronoun = self.may_be_pronoun(who, event, sentence) and t.pick((True, False))
         t.say(capital(link + sentence.format(
             S=who.pronouns[0] if pronoun else who.name, N=who.name, trait=who.trait, kind=who.kind,
             O=other and other.name, him=other and other.pronouns[2], T=thing and thing.name,

@@ -14,6 +14,10 @@ class Region:
     colours: tuple[str, ...]
     things: tuple[str, ...]
 
+    def pronouns(self, name: str) -> tuple[str, str, str]:
+        """The pronouns of a name: she, her, her or he, his, him."""
+        return ("she", "her", "her") if name in self.she else ("he", "his", "him")
+
 
 VALLEY = Region(
     she=("Vera", "Mia", "Anna", "Rosa", "Ida", "Lucy", "Nora", "Elsa", "Ruth", "Zoe"),
