@@ -205,8 +205,8 @@ class World:
         """A new character, who differs from the others in name, trait and kind."""
         region, people = self.region, scene.people
         name = t.pick(without(region.she + region.he, *(p.name for p in people)))
-        trait = t.pick(without(region.traits, *(p.trait for p in people)))
-        kind = t.pick(without(region.kinds, *(p.kind for p in people)))
+        trait = t.pick(region.traits)
+        kind = t.pick(region.kinds)
         place = t.pick(region.places)
         she, her, _ = pronouns = region.pronouns(name)
         article = with_article(trait)

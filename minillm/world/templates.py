@@ -56,7 +56,7 @@ HARBOUR = Region(
 FIRST = ("Once upon a time, {a} {kind} named {name} lived {P}.",
          "There was once {a} {kind}. {Her} name was {name}, and {she} lived {P}.",
          "{name} the {kind} was {trait}. {She} had a little house {P}.",
-         "Long ago, {P}, there lived {a} {kind} called {name}.")
+         "Long ago, {a} {kind} called {name} lived {P}.")
 OTHER = ("{name}, {a} {kind}, lived {P}.",
          "{A} {kind} named {name} had a house {P}.",
          "Everyone knew {name}, the {trait} {kind} {P}.",
@@ -72,9 +72,9 @@ LINKS = (("", 8), ("Then ", 3), ("Soon ", 2), ("After lunch ", 1), ("A little la
 EVENTS = {
     "walk": (2, ("{S} walked to {G}.", "{S} ran all the way to {G}.", "{S} set off for {G}.")),
     "carry": (2, ("{S} carried {T} to {G}.", "{S} went to {G} and took {T} along.")),
-    "visit": (2, ("{S} went to see {O} {P}.", "{S} paid {O} a visit {P}.",
+    "visit": (2, ("{S} went to see {O} {P}.", "{S} joined {O} {P}.",
                   "{S} looked for {O} and found {him} {P}.")),
-    "bring": (2, ("{S} brought {T} to {O}, who was {P}.", "{S} met {O} {P} and gave {him} {T}.")),
+    "bring": (2, ("{S} brought {T} to {O} {P}.", "{S} met {O} {P} and gave {him} {T}.")),
     "give": (3, ("{S} gave {O} {T}.", "{S} let {O} have {T}.", "{S} handed {T} to {O} {P}.")),
     "drop": (1, ("{S} put {T} down {P}.", "{S} left {T} {P}.")),
     "take": (2, ("{S} found {T} {P} and took it along.",
@@ -86,10 +86,10 @@ EVENTS = {
     "greet": (1, ('{S} said to {O}: "Good to see you!"', "{S} told {O} a story.",
                   "{N} and {O} laughed together.")),
     "muse": (1, ("{S} was as {trait} as ever.", "{N} the {kind} smiled.")),
-    "who": (6, ("{S} wondered who had {T}. It was with {O}, {P}.",
-                '{S} asked: "Where is {T}?" It was with {O}, {P}.')),
+    "who": (6, ("{S} wondered who had {T}. It was with {O} {P}.",
+                '{S} asked: "Where is {T}?" It was with {O} {P}.')),
     "where": (5, ("{S} wondered where {O} was. {O} was {P}.",
-                  '"I miss {O}," said {N}. But {O} was only {P}.')),
+                  "{S} looked around, and saw {O} {P}.")),
     "lost": (3, ("{S} wondered where {T} was. It lay {P}.",
                  '{S} asked: "Where is {T}?" It lay {P}.')),
 }
