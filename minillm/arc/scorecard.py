@@ -4,6 +4,7 @@ import math
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +19,9 @@ from minillm.tokenizer import Tokenizer
 from minillm.train import token_loss
 from minillm.world import World
 from minillm.world.questions import Question, exams
+from minillm.world.reader import Reading, read
 from minillm.world.stories import PLAIN, Setting, Story
-from minillm.world.templates import HARBOUR
+from minillm.world.templates import HARBOUR, VALLEY
 
 Asked = list[tuple[list[dict[str, str]], Question]]       # as exams() gives them
 Row = dict[str, str | float | None]       # of the scorecard, by column; None: nothing to count
@@ -102,6 +104,57 @@ def last_named(stories: Sequence[Story]) -> float:
     return right / len(stories)
 
 
+def write_texts(model: nn.Module, tokenizer: Tokenizer, n: int, temperature: float = 1.0,
+                seed: int = 0, length: int | None = None, batch_size: int = 100) -> list[str]:
+    """n texts that the model writes from nothing: what follows <|endoftext|>, up to the next one.
+
+    A text that does not end is cut off after `length` tokens, at most as many as max_seq_len has
+    room for.
+    """
+    room = model.config.max_seq_len - 1
+    length = room if length is None else min(length, room)
+    end = encode_document("", tokenizer)[0]
+    device = next(model.parameters()).device
+    texts = []
+    for first in range(0, n, batch_size):
+        start = torch.full((min(batch_size, n - first), 1), end, device=device)
+        ids = generate(model, start, length, temperature, stop=end, seed=seed + first)
+        for row in ids[:, 1:].tolist():
+            written = row[:row.index(end)] if end in row else row
+            texts.append(tokenizer.decode(written))
+    return texts
+
+
+def read_story(text: str, setting: Setting = PLAIN) -> Reading:
+    """A text, read as a story of the valley or of the harbour.
+
+    One in 25 of the stories that the models learn from is from the harbour, so either region will
+    do. If neither could have told the text, this is the reading that introduces more of its
+    characters (the valley's, if both introduce as many): the fault that it names is the one to fix.
+    """
+    readings = [read(text, region, setting) for region in (VALLEY, HARBOUR)]
+    return max(readings, key=lambda reading: (reading.fault is None, len(reading.characters)))
+
+
+def faults(texts: Sequence[str], setting: Setting = PLAIN) -> Counter[str]:
+    """How many of the texts have their first fault of each kind (reader.KINDS).
+
+    "none" counts those that the world could have told.
+    """
+    found = [read_story(text, setting).fault for text in texts]
+    return Counter(fault.kind if fault else "none" for fault in found)
+
+
+def validity(model: nn.Module, tokenizer: Tokenizer, n: int = 200, temperature: float = 0.5,
+             seed: int = 0, setting: Setting = PLAIN) -> float:
+    """Share of n stories, written by the model from nothing, that the world could have told.
+
+    In the valley or in the harbour. With 200 stories, the standard error is up to 3.5 points.
+    """
+    texts = write_texts(model, tokenizer, n, temperature, seed)
+    return faults(texts, setting)["none"] / len(texts)
+
+
 def speed(model: nn.Module, tokenizer: Tokenizer, new_tokens: int = 64) -> float:
     """Tokens per second while the model writes one story.
 
@@ -153,10 +206,11 @@ def win_rate(model: nn.Module, other: nn.Module, tokenizer: Tokenizer, asked: As
 LEGEND = """\
 bits/byte: what the model needs per byte of held-out stories; gap: how far that is above the
 entropy of the world, which no model can beat; consistency: share of stories ended right ("So now
-the blue kite" -> " is with Vera, by the river."); answers: share of questions about a story
+the blue kite" -> " is with Vera, by the river."); valid: share of 200 stories, written from nothing
+at temperature 0.5, that the world could have told; answers: share of questions about a story
 answered right; harbour: the same in another region; wins: how often its answer is better than that
-of the chat model (ties count half). The first row: the entropy, and a guess among what the story
-names."""
+of the chat model (ties count half). The first row: the entropy, what the world itself writes (all
+of it is valid), and a guess among what the story names."""
 
 
 @functools.cache
@@ -172,7 +226,7 @@ def trials(setting: Setting = PLAIN, n: int = 500) -> tuple[list[Story], Asked, 
 def bounds(setting: Setting = PLAIN) -> tuple[float, Row]:
     """The least bits per byte that are possible, and the first row of the scorecard.
 
-    That row has them, and what guessing scores.
+    That row has them, the valid stories of the world itself (all), and what guessing scores.
     """
     stories, valley, harbour = trials(setting)
     size = sum(len(s.text.encode()) for s in stories)
@@ -182,6 +236,7 @@ def bounds(setting: Setting = PLAIN) -> tuple[float, Row]:
         "bits/byte": floor,
         "gap": 0.0,
         "consistency": chance(stories),
+        "valid": 1.0,
         "answers": statistics.mean(1 / q.candidates for _, q in valley),
         "harbour": statistics.mean(1 / q.candidates for _, q in harbour),
         "wins": 0.5,
@@ -206,6 +261,7 @@ def score(name: str, model: nn.Module, tokenizer: Tokenizer, chat: nn.Module | N
         "bits/byte": bpb,
         "gap": bpb / bounds(setting)[0] - 1,
         "consistency": consistency(model, stories, tokenizer),
+        "valid": validity(fast, tokenizer, setting=setting),
         "answers": accuracy(fast, tokenizer, valley),
         "harbour": accuracy(fast, tokenizer, harbour),
         "wins": win_rate(fast, FastDecoder(chat), tokenizer, valley)[0] if chat else None,

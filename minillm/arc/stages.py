@@ -12,11 +12,11 @@ import torch
 
 from minillm.arc.cache import ALPHA, RANK, Stage, build, device
 from minillm.arc.fit import fit
+from minillm.arc.scorecard import write_texts
 from minillm.arc.sizes import Recipe, Tuning, size
 from minillm.data import ENDOFTEXT, Rows, Windows, clean, encode_document, split_documents
 from minillm.dpo import Pairs, count_pairs, preference_loss, sample_pairs
 from minillm.fast_decode import FastDecoder
-from minillm.generate import generate
 from minillm.lora import add_lora
 from minillm.model import Llama
 from minillm.quantize import quantize_model
@@ -110,15 +110,8 @@ def samples(model: torch.nn.Module, tokenizer: Tokenizer, n: int, length: int = 
             seed: int = 0) -> str:
     """n texts that the model writes from nothing, each of at most `length` tokens (and
     max_seq_len), as numbered lines."""
-    length = min(length, model.config.max_seq_len - 1)
-    end = encode_document("", tokenizer)[0]
-    start = torch.full((n, 1), end, device=next(model.parameters()).device)
-    lines = []
-    ids = generate(FastDecoder(model), start, length, stop=end, seed=seed)
-    for i, row in enumerate(ids.tolist(), 1):
-        written = row[1:row.index(end, 1)] if end in row[1:] else row[1:]
-        lines.append(f"  {i}. {tokenizer.decode(written).strip()}")
-    return "\n".join(lines)
+    texts = write_texts(FastDecoder(model), tokenizer, n, seed=seed, length=length)
+    return "\n".join(f"  {i}. {text.strip()}" for i, text in enumerate(texts, 1))
 
 
 def make_base(recipe: Recipe, before: None, checkpoints: str, bar: bool) -> Stage:

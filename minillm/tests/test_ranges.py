@@ -101,16 +101,16 @@ def test_what_has_no_range_is_said(path):
     assert ranges.compare([{"stage": "base", "gap": 0.1}], "cpu") == (
         "Is this run normal? No range is known for the size cpu: "
         "python -m minillm.bench stages --seeds 8 measures one.")
-    text = said(path, valid=0.9)
-    assert text == f"{NORMAL}\nNo range is known for valid of dpo."
+    text = said(path, rhyme=0.9)
+    assert text == f"{NORMAL}\nNo range is known for rhyme of dpo."
 
 
 def test_another_column_gets_a_range_and_advice(path):
     """The code asks for no column by its name."""
-    more = [[row | {"valid": 0.9} for row in rows] for rows in runs()]
+    more = [[row | {"rhyme": 0.9} for row in rows] for rows in runs()]
     ranges.write("cpu", more)
     assert ranges.compare(more[0], "cpu") == NORMAL
-    off = ranges.compare([row | {"valid": 0.8} for row in more[0]], "cpu")
+    off = ranges.compare([row | {"rhyme": 0.8} for row in more[0]], "cpu")
     assert " ".join(off.split()).count(ranges.OTHERWISE) == 2
 
 

@@ -1,6 +1,7 @@
 """The scorecard counts what it says."""
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from minillm.model import Llama
 from minillm.tokenizer import Tokenizer
 from minillm.world import Setting, World
 from minillm.world.questions import exams
-from minillm.world.templates import HARBOUR
+from minillm.world.reader import KINDS
+from minillm.world.templates import HARBOUR, VALLEY
 
 
 def test_scorecard_counts_what_it_says():
@@ -99,6 +101,66 @@ def test_bounds_are_those_of_the_trials(setting):
     assert 0.1 < floor < 0.3 and row["bits/byte"] == floor
     for column in "consistency", "answers", "harbour":
         assert 0 < row[column] < 0.5
+    assert row["valid"] == scorecard.faults([s.text for s in stories], setting)["none"] / 500 == 1
+
+
+@pytest.mark.parametrize("region", (VALLEY, HARBOUR), ids=("valley", "harbour"))
+def test_stories_of_both_regions_are_valid_and_damaged_ones_are_not(monkeypatch, region):
+    told = [s.text for s in World(region).stories(50, "heldout")]
+    cut = [text[:text.rindex(" So now")] for text in told]
+    worded = [text.replace("So now", "And now") for text in told]
+    assert scorecard.faults(told) == {"none": 50}
+    assert scorecard.faults(cut) == {"unfinished": 50}
+    assert scorecard.faults(worded) == {"wording": 50}
+    counts = scorecard.faults(told + cut + worded + ["", "<|user|> Hello!", "\ufffd"])
+    assert counts.total() == 153 and set(counts) <= {"none", *KINDS}
+    shares = (told, 1), (cut, 0), (told + worded, 1 / 2), (told + cut + worded, 1 / 3)
+    for texts, share in shares:
+        monkeypatch.setattr(scorecard, "write_texts", lambda *_, texts=texts: texts)
+        assert scorecard.validity(None, None) == share
+
+
+def test_a_rich_story_is_valid_in_its_setting():
+    told = [s.text for s in World(setting=RICH).stories(20, "heldout")]
+    assert scorecard.faults(told, RICH) == {"none": 20}
+    assert scorecard.faults(told)["length"] > 0
+
+
+def test_a_text_is_read_as_a_story_of_the_region_of_its_characters():
+    for region, stranger in (VALLEY, "Pearl"), (HARBOUR, "Vera"):
+        story = World(region).sample(0)
+        reading = scorecard.read_story(f"{story.question} is with {stranger}.")
+        assert [c.name for c in reading.characters] == [c.name for c in story.characters]
+        assert reading.fault.sentence.startswith("So now")
+
+
+def test_texts_end_where_the_model_ends_them(monkeypatch):
+    """Batches of 2, each with a seed of its own; there is no room for the end of the longest."""
+    texts = [s.text for s in World().stories(5)]
+    tokenizer = Tokenizer.train(texts, 400)
+    documents = [encode_document(text, tokenizer) for text in texts]
+    room = max(map(len, documents)) - 3          # without its end and the last token
+    calls = []
+
+    def generate(model, ids, length, temperature, stop, seed):
+        rows = documents[seed - 7:][:len(ids)]
+        assert stop == documents[0][0] and (ids == stop).all() and ids.shape[1] == 1
+        calls.append((len(ids), length, temperature, seed))
+        return torch.tensor([(row + [stop] * length)[:length + 1] for row in rows])
+
+    monkeypatch.setattr(scorecard, "generate", generate)
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(max_seq_len=room + 1)
+    written = scorecard.write_texts(model, tokenizer, 5, 0.5, seed=7, batch_size=2)
+    assert calls == [(2, room, 0.5, 7), (2, room, 0.5, 9), (1, room, 0.5, 11)]
+    longest = max(range(5), key=lambda i: len(documents[i]))
+    assert written[:longest] + written[longest + 1:] == texts[:longest] + texts[longest + 1:]
+    assert texts[longest].startswith(written[longest]) and written[longest] != texts[longest]
+    assert scorecard.faults(written) == {"none": 4, "unfinished": 1}
+    calls.clear()
+    scorecard.write_texts(model, tokenizer, 1, seed=7, length=10)
+    scorecard.write_texts(model, tokenizer, 1, seed=7, length=10**6)
+    assert [(length, temperature) for _, length, temperature, _ in calls] == [(10, 1), (room, 1)]
 
 
 def test_the_table_formats_numbers_and_keeps_text():

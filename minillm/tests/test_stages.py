@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def cut(monkeypatch, size, folder):
         (messages, q.answer("polite"), q.answer("rude")) for messages, q in prompts])
     trials = scorecard.trials.__wrapped__
     monkeypatch.setattr(scorecard, "trials", lambda setting: trials(setting, 8))
+    monkeypatch.setattr(scorecard, "write_texts", partial(scorecard.write_texts, length=20))
 
 
 @pytest.fixture
