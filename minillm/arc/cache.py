@@ -31,7 +31,7 @@ from minillm.world import Setting
 # The modules whose code shapes every stage.
 CODE = ("arc.cache", "arc.fit", "arc.stages", "attention", "bpe", "data", "fast_train", "layers",
         "model", "optim", "parallel", "rope", "storage.shared", "tokenizer", "train",
-        "world.stories", "world.templates")
+        "world.drills", "world.stories", "world.templates")
 RANK, ALPHA = 8, 16                       # of LoRA: what is stored of an adapter does not say them
 FILES = ("tokenizer.json", "model.safetensors", "history.json")      # of a stage in the cache
 SUMS = "SHA256SUMS"                       # their checksums; `sha256sum -c SHA256SUMS` reads it, too

@@ -23,7 +23,9 @@ from minillm.quantize import quantize_model
 from minillm.sft import ASSISTANT, USER, finetune
 from minillm.storage.text_files import read_documents
 from minillm.tokenizer import Tokenizer
+from minillm.train import Batches
 from minillm.world import Setting, World
+from minillm.world.drills import drill
 from minillm.world.questions import dialogues, exams
 from minillm.world.stories import Story
 from minillm.world.templates import HARBOUR
@@ -114,6 +116,16 @@ def samples(model: torch.nn.Module, tokenizer: Tokenizer, n: int, length: int = 
     return "\n".join(f"  {i}. {text.strip()}" for i, text in enumerate(texts, 1))
 
 
+class Curriculum:
+    """The first n batches of one source, then those of another."""
+
+    def __init__(self, first: Batches, then: Batches, n: int):
+        self.first, self.then, self.n = first, then, n
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
+        return self.first[i] if i < self.n else self.then[i - self.n]
+
+
 def make_base(recipe: Recipe, before: None, checkpoints: str, bar: bool) -> Stage:
     """Tokenizer and base model of a recipe; for the arguments see cache.build."""
     training, heldout = training_texts(recipe), heldout_texts(recipe)
@@ -125,16 +137,19 @@ def make_base(recipe: Recipe, before: None, checkpoints: str, bar: bool) -> Stag
         floor = -sum(story.logp for story in heldout_stories(recipe.setting)) / tokens
     if recipe.stories:
         batches = Rows(documents, recipe.batch_size, recipe.seed)
+        if recipe.drills:
+            drills = [encode_document(drill(i), tokenizer) for i in range(recipe.drills)]
+            batches = Curriculum(Rows(drills, recipe.batch_size, recipe.seed), batches,
+                                 recipe.drills // recipe.batch_size)
     else:
         batches = Windows(np.concatenate(documents), recipe.batch_size, recipe.model.max_seq_len,
                           recipe.seed)
     torch.manual_seed(recipe.seed)
     model = Llama(recipe.model).to(device())
     if recipe.training.muon:
-        # Embeddings of size 1, where 0.02 is usual: found by trying. With 0.02 this recipe learns
-        # faster for some hundred steps, and then stays behind, above all in keeping track of who
-        # has what.
-        torch.nn.init.normal_(model.model.embed_tokens.weight)
+        # Larger than the usual 0.02, or who has what is tracked less well; smaller than 1, or names
+        # are told apart later (both found by trying).
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.3)
     if bar:
         rate = sum(len(text.encode()) for text in heldout) / tokens
         n = sum(p.numel() for p in model.parameters())

@@ -46,7 +46,7 @@ CASES = {
         (" she ", "put the red kite down", "took it along")),
     "two animals": (
         1, TWO, Setting((2, 2), (1, 1), (1, 1)),
-        ("handed", "a visit", "brought", "who had", "I miss", "an honest owl")),
+        ("handed", "joined", "brought", "who had", "and saw", "an honest owl")),
     "two objects": (
         3, ONE, Setting((1, 1), (1, 2), (1, 1)),
         ("It was still", "was very fond", "It lay")),
@@ -148,7 +148,7 @@ HOMES = [
     rf"Once upon a time, an? {WORDS} named {N} lived {P}\.",
     rf"(?:Her|His) name was {N}, and (?:she|he) lived {P}\.",
     rf"{N} the {WORDS} was \w+\. (?:She|He) had a little house {P}\.",
-    rf"Long ago, {P}, there lived an? {WORDS} called {N}\.",
+    rf"Long ago, an? {WORDS} called {N} lived {P}\.",
     rf"{N}, an? {WORDS}, lived {P}\.",
     rf"An? {WORDS} named {N} had a house {P}\.",
     rf"Everyone knew {N}, the {WORDS} {P}\.",
@@ -163,9 +163,9 @@ THINGS = [
 EVENTS = {
     "move": [rf"{W} (?:walked to|ran all the way to|set off for) {G}\."],
     "carry": [rf"{W} carried {T} to {G}\.", rf"{W} went to {G} and took {T} along\."],
-    "visit": [rf"{W} went to see {OTHER} {P}\.", rf"{W} paid {OTHER} a visit {P}\.",
+    "visit": [rf"{W} went to see {OTHER} {P}\.", rf"{W} joined {OTHER} {P}\.",
               rf"{W} looked for {OTHER} and found (?:her|him) {P}\."],
-    "bring": [rf"{W} brought {T} to {OTHER}, who was {P}\.",
+    "bring": [rf"{W} brought {T} to {OTHER} {P}\.",
               rf"{W} met {OTHER} {P} and gave (?:her|him) {T}\."],
     "give": [rf"{W} gave {OTHER} {T}\.", rf"{W} let {OTHER} have {T}\.",
              rf"{W} handed {T} to {OTHER} {P}\."],
@@ -178,10 +178,10 @@ EVENTS = {
     "meet": [rf"{W} told {OTHER} a story\.", rf"{W} and {OTHER} laughed together\.",
              rf'{W} said to {OTHER}: "Good to see you!"'],
     "muse": [rf"{W} was as {TRAIT} as ever\.", rf"{W} the {KIND} smiled\."],
-    "who": [rf"{W} wondered who had {T}\. It was with {OTHER}, {P}\.",
-            rf'{W} asked: "Where is {T}\?" It was with {OTHER}, {P}\.'],
+    "who": [rf"{W} wondered who had {T}\. It was with {OTHER} {P}\.",
+            rf'{W} asked: "Where is {T}\?" It was with {OTHER} {P}\.'],
     "where": [rf"{W} wondered where {OTHER} was\. (?P=o) was {P}\.",
-              rf'"I miss {OTHER}," said {W}\. But (?P=o) was only {P}\.'],
+              rf"{W} looked around, and saw {OTHER} {P}\."],
     "lost": [rf"{W} wondered where {T} was\. It lay {P}\.",
              rf'{W} asked: "Where is {T}\?" It lay {P}\.'],
 }

@@ -31,8 +31,8 @@ KINDS = {
     "pronoun": "a pronoun of the wrong gender, or one where a name has to be",
     "stranger": "a character or a thing that was not introduced",
     "self-reference": "the one who acts is also the other character of the sentence",
-    "repeat": "a character with the name, trait or kind of an earlier one, or a thing with the "
-              "color or noun of an earlier one",
+    "repeat": "a character with the name of an earlier one, or a thing with the color or noun of "
+              "an earlier one",
     "nature": "a trait or kind that is not that of the character",
     "place": "the sentence would be possible if the characters that it names, or a thing that lies "
              "somewhere, were elsewhere",
@@ -76,7 +76,7 @@ def read(text: str, region: Region = VALLEY, setting: Setting = PLAIN) -> Readin
     No text raises an error. A region does (ValueError) if it is too small for the setting, or has
     two places that only differ in the preposition.
 
-    >>> reading = read("Long ago, at the mill, there lived a shy fox called Tom. Tom flew away.")
+    >>> reading = read("Long ago, a shy fox called Tom lived at the mill. Tom flew away.")
     >>> reading.fault
     Fault(kind='wording', sentence='Tom flew away.', why='no sentence of the world reads like this')
     >>> [character.kind for character in reading.characters]
@@ -272,9 +272,8 @@ class Reader:
             return "pronoun", problem
         if part == CHARACTERS:
             for c in self.scene.people:
-                for slot, taken in (("name", c.name), ("trait", c.trait), ("kind", c.kind)):
-                    if said.get(slot) == taken:
-                        return "repeat", f"{taken} again, after the {c.trait} {c.kind} {c.name}"
+                if said["name"] == c.name:
+                    return "repeat", f"{c.name} again, after the {c.trait} {c.kind} {c.name}"
         else:
             known = {*PRONOUNS, *(c.name for c in self.scene.people)}
             strangers = without(names, *known)

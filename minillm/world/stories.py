@@ -138,10 +138,9 @@ class World:
     def __init__(self, region: Region = VALLEY, setting: Setting = PLAIN):
         most = setting.characters[1]
         names = region.she + region.he
-        if len(region.places) < 2 or min(len(names), len(region.traits), len(region.kinds)) < most:
-            raise ValueError(f"a region needs at least 2 places, and names, traits and kinds for "
-                             f"{most} characters: got {len(region.places)}, {len(names)}, "
-                             f"{len(region.traits)} and {len(region.kinds)}")
+        if len(region.places) < 2 or len(names) < most:
+            raise ValueError(f"a region needs at least 2 places, and names for {most} characters: "
+                             f"got {len(region.places)} and {len(names)}")
         most = setting.objects[1]
         if min(len(region.colours), len(region.things)) < most:
             raise ValueError(f"a region needs colours and things for {most} objects: got "
@@ -202,7 +201,7 @@ class World:
         return Story(t.text, t.logp, scene.people, scene.things, asked, scene.places)
 
     def introduce(self, t: Teller, scene: "Scene") -> None:
-        """A new character, who differs from the others in name, trait and kind."""
+        """A new character, whose name no other has."""
         region, people = self.region, scene.people
         name = t.pick(without(region.she + region.he, *(p.name for p in people)))
         trait = t.pick(region.traits)
