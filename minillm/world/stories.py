@@ -177,14 +177,6 @@ class World:
             script = [i for i, _ in trail]
             script[-1] += 1
 
-    def logprob(self, text: str) -> float:
-        """Log-probability (nats) of a text under the world, -inf if it cannot be told.
-
-        `minillm.world.reader.read` also says why it cannot.
-        """
-        from minillm.world.reader import read      # here, because the reader imports this module
-        return read(text, self.region, self.setting).logp
-
     def tell(self, t: Teller) -> Story:
         """The story that the choices of a Teller make."""
         setting = self.setting
