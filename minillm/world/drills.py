@@ -8,19 +8,19 @@ import random
 
 from minillm.world.templates import VALLEY, Region
 
-STATEMENTS = 11           # after the two that say who lives where
+STATEMENTS = 11           # after the two that say who is where
 
 
 def drill(seed: int, region: Region = VALLEY) -> str:
-    """The drill with this seed: "Vera lived by the river. Tom lived at the mill. Vera by the
-    river. Tom was at the mill. ...".
+    """The drill with this seed: "Vera by the river. Tom at the mill. Vera was by the river. Tom at
+    the mill. ...".
 
-    Half of the statements, by chance, have the place directly after the name. That is what is
-    learned first, and then the others follow.
+    About half of the statements have the place directly after the name. That is what is learned
+    first, and then the others follow.
     """
     rng = random.Random(f"drill {seed}")
     homes = dict(zip(rng.sample(region.she + region.he, 2), rng.sample(region.places, 2)))
-    statements = [f"{name} lived {place}." for name, place in homes.items()]
+    statements = [f"{name} {place}." for name, place in homes.items()]
     for _ in range(STATEMENTS):
         name, place = rng.choice(list(homes.items()))
         statements.append(f"{name} {rng.choice(('', 'was '))}{place}.")
