@@ -295,7 +295,8 @@ def test_no_text_raises_an_error():
     texts = [
         "", " ", "\n", ".", '"', "!?" * 1000, "a" * 100_000, "猫。" * 100, "{name} lived {P}.",
         story + "\n", story + " ", story + story, story.upper(), story.lower(), START * 50,
-        START + MUSED * 2000, START + "ſhe was as shy as ever.", START + "Anna was as ſhy as ever.",
+        START + MUSED * 2000,
+        START + "ſhe was as shy as ever.", START + "Anna was as ſhy as ever.",
         "She, a shy fox, lived at the mill.", START + "She and her laughed together.",
         START + "Him gave his the red kite.", START + "So now the red kite is with her.",
     ]
