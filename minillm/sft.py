@@ -10,14 +10,14 @@ __all__ = ['USER', 'ASSISTANT', 'ROLES', 'check_dialogue', 'control_ids', 'encod
            'distill_loss']
 
 # %% ../notebooks/11_instruct.ipynb #31fdb028
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import ENDOFTEXT, IGNORE, Rows
+from .data import ENDOFTEXT, IGNORE, Rows, encode_document
 from .generate import generate, pad_left
 from .model import Llama
 from .tokenizer import Tokenizer
@@ -103,19 +103,22 @@ class Dialogues(Rows):
     """Batches of whole dialogues, see Rows: inputs and targets, int64 (b, t).
 
     Only answers and their ends are targets, and all else is IGNORE; with masked=False every token
-    of a dialogue is a target. Raises ValueError, naming the dialogue, if one has no answer to learn
-    from, and as encode_dialogue and Rows.
+    of a dialogue is a target. replay: plain texts to mix in, of which every token is one. Raises
+    ValueError, naming the dialogue, if one has no answer to learn from, and as encode_dialogue and
+    Rows.
     """
 
     def __init__(self, dialogues: list[list[dict]], tokenizer: Tokenizer, batch_size: int,
-                 seed: int = 0, masked: bool = True):
+                 seed: int = 0, masked: bool = True, replay: Sequence[str] = ()):
         pairs = [encode_dialogue(messages, tokenizer) for messages in dialogues]
         for i, (_, mask) in enumerate(pairs):
             if not any(mask):
                 raise ValueError(f"dialogue {i} has no answer to learn from: "
                                  "all of its tokens are masked")
-        super().__init__([ids for ids, _ in pairs], batch_size, seed)
-        self.masks = [torch.tensor(mask if masked else [True] * len(mask)) for _, mask in pairs]
+        texts = [encode_document(text, tokenizer) for text in replay]
+        super().__init__([ids for ids, _ in pairs] + texts, batch_size, seed)
+        masks = [mask if masked else [True] * len(mask) for _, mask in pairs]
+        self.masks = [torch.tensor(m) for m in masks + [[True] * len(ids) for ids in texts]]
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         inputs, targets = super().__getitem__(i)
@@ -125,20 +128,21 @@ class Dialogues(Rows):
 
 # %% ../notebooks/11_instruct.ipynb #deff8048
 def finetune(model: Llama, dialogues: list[list[dict]], tokenizer: Tokenizer, config: TrainConfig,
-             batch_size: int = 16, masked: bool = True, seed: int = 0,
+             batch_size: int = 16, masked: bool = True, seed: int = 0, replay: Sequence[str] = (),
              fit: Callable[..., list[dict]] = train) -> list[dict]:
     """Train in place on dialogues; returns the history, see train.
 
-    masked=False learns the user's words, too.
+    masked=False learns the user's words, too; replay: plain texts to mix in.
     fit: the function that trains, with train's arguments and result.
     Raises ValueError, naming the dialogue, if one is longer than max_seq_len, and as Dialogues and
     train.
     """
-    batches = Dialogues(dialogues, tokenizer, batch_size, seed, masked)
+    batches = Dialogues(dialogues, tokenizer, batch_size, seed, masked, replay)
     limit = model.config.max_seq_len
     for i, ids in enumerate(batches.documents):
         if len(ids) - 1 > limit:                    # the last token is a target only
-            raise ValueError(f"dialogue {i} has {len(ids)} tokens, "
+            name = f"dialogue {i}" if i < len(dialogues) else f"text {i - len(dialogues)} of replay"
+            raise ValueError(f"{name} has {len(ids)} tokens, "
                              f"more than max_seq_len={limit} allows: shorten it or leave it out")
     return fit(model, batches, config)
 

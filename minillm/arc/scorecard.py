@@ -18,7 +18,7 @@ from minillm.sft import replies
 from minillm.tokenizer import Tokenizer
 from minillm.train import token_loss
 from minillm.world import World
-from minillm.world.questions import Question, exams
+from minillm.world.questions import Question, exams, instructions
 from minillm.world.reader import Reading, read
 from minillm.world.stories import PLAIN, Setting, Story
 from minillm.world.templates import HARBOUR, VALLEY
@@ -175,14 +175,42 @@ def size_mb(model: nn.Module) -> float:
     return size_bytes(model) / 1e6
 
 
-def accuracy(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> float:
-    """Share of questions whose greedy answer is right.
+def grades(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> list[bool]:
+    """Of each question, whether the greedy answer is right.
 
     asked: pairs of a dialogue and the Question it ends with.
     """
     answers = replies(model, tokenizer, [messages for messages, _ in asked], partial=True)
-    right = [question.right(answer) for (_, question), (answer,) in zip(asked, answers)]
-    return sum(right) / len(asked)
+    return [question.right(answer) for (_, question), (answer,) in zip(asked, answers)]
+
+
+def accuracy(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> float:
+    """Share of questions whose greedy answer is right, see grades."""
+    return statistics.mean(grades(model, tokenizer, asked))
+
+
+def tell(model: nn.Module, tokenizer: Tokenizer, requests: Sequence[tuple],
+         temperature: float = 0.5, seed: int = 0, length: int | None = None) -> list[str]:
+    """The stories that the model tells on request, each of at most `length` tokens (None: half of
+    max_seq_len); requests: as instructions() gives them."""
+    length = length or model.config.max_seq_len // 2
+    told = replies(model, tokenizer, [messages for messages, _ in requests], 1, temperature,
+                   length, batch_size=100, seed=seed, partial=True)
+    return [text for text, in told]
+
+
+def follows(text: str, wanted: tuple[str, str], setting: Setting = PLAIN) -> dict[str, bool]:
+    """Whether a story has what was asked for: {"thing": ...}, with "name", or "trait" and "kind".
+
+    wanted: the animal ("Vera", or "shy alpaca") and the thing. The animal has to be the first
+    character of the story, and a thing to be introduced.
+    """
+    animal, thing = wanted
+    reading = read_story(text, setting)
+    hero = reading.characters[0] if reading.characters else None
+    words = dict(zip(("trait", "kind") if " " in animal else ("name",), animal.split()))
+    found = {part: hero is not None and getattr(hero, part) == word for part, word in words.items()}
+    return found | {"thing": any(x.noun == thing for x in reading.things)}
 
 
 def win_rate(model: nn.Module, other: nn.Module, tokenizer: Tokenizer, asked: Asked,
@@ -208,9 +236,11 @@ bits/byte: what the model needs per byte of held-out stories; gap: how far that 
 entropy of the world, which no model can beat; consistency: share of stories ended right ("So now
 the blue kite" -> " is with Vera, by the river."); valid: share of 200 stories, written from nothing
 at temperature 0.5, that the world could have told; answers: share of questions about a story
-answered right; harbour: the same in another region; wins: how often its answer is better than that
-of the chat model (ties count half). The first row: the entropy, what the world itself writes (all
-of it is valid), and a guess among what the story names."""
+answered right; unknown: share of those that the story leaves open, answered "I don't know";
+harbour: answers in another region; requests: share of 200 stories, told on request, that have all
+that was asked for; wins: how often its answer is better than that of the chat model (ties count
+half). The first row: the entropy, what the world itself writes (all of it is valid), and a guess
+among what the story names."""
 
 
 @functools.cache
@@ -238,7 +268,9 @@ def bounds(setting: Setting = PLAIN) -> tuple[float, Row]:
         "consistency": chance(stories),
         "valid": 1.0,
         "answers": statistics.mean(1 / q.candidates for _, q in valley),
+        "unknown": statistics.mean(1 / q.candidates for _, q in valley if q.value is None),
         "harbour": statistics.mean(1 / q.candidates for _, q in harbour),
+        "requests": None,
         "wins": 0.5,
         "MB": None,
         "tokens/s": None,
@@ -256,14 +288,20 @@ def score(name: str, model: nn.Module, tokenizer: Tokenizer, chat: nn.Module | N
     stories, valley, harbour = trials(setting)
     bpb = bits_per_byte(model, [s.text for s in stories], tokenizer)
     fast = FastDecoder(model)
+    right = grades(fast, tokenizer, valley)
+    wanted = instructions(200, setting=setting)
+    told = zip(tell(fast, tokenizer, wanted), wanted)
     return {
         "stage": name,
         "bits/byte": bpb,
         "gap": bpb / bounds(setting)[0] - 1,
         "consistency": consistency(model, stories, tokenizer),
         "valid": validity(fast, tokenizer, setting=setting),
-        "answers": accuracy(fast, tokenizer, valley),
+        "answers": statistics.mean(right),
+        "unknown": statistics.mean(r for r, (_, q) in zip(right, valley) if q.value is None),
         "harbour": accuracy(fast, tokenizer, harbour),
+        "requests": statistics.mean(all(follows(text, words, setting).values())
+                                    for text, (_, words) in told),
         "wins": win_rate(fast, FastDecoder(chat), tokenizer, valley)[0] if chat else None,
         "MB": size_mb(model),
         "tokens/s": speed(fast, tokenizer),

@@ -29,11 +29,13 @@ class Recipe:
 @dataclass(frozen=True)
 class Tuning:
     """How a stage is made from the one before it. examples: dialogues, or questions whose answers
-    become preference pairs; seed: of the order of batches, the first weights of an adapter, and the
-    sampled answers; compiling: see arc.fit."""
+    become preference pairs; replay: how many of the examples of the stage before are mixed in;
+    seed: of the order of batches, the first weights of an adapter, and the sampled answers;
+    compiling: see arc.fit."""
 
     training: TrainConfig
     examples: int
+    replay: int = 0
     batch_size: int = 16
     seed: int = 0
     compiling: bool = False
@@ -50,19 +52,22 @@ class Size:
     dpo: Tuning
 
 
+# Drills first (see world/drills.py), then stories.
 STORIES = Recipe(
-    LlamaConfig(vocab_size=896, dim=128, n_layers=4, n_heads=4, n_kv_heads=4, hidden_dim=344,
+    LlamaConfig(vocab_size=896, dim=128, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=344,
                 max_seq_len=512),
-    TrainConfig(steps=1070, lr=1.5e-2, muon=0.7, warmup=30, min_lr=0.02),
-    batch_size=32, stories=26_240, drills=8000)
+    TrainConfig(steps=1350, lr=2e-2, muon=0.4, warmup=30, min_lr=0.02),
+    batch_size=32, stories=35_200, drills=8000)
 # A file is read many times over, and there Muon learns it by heart (measured on Tiny Shakespeare):
 # plain AdamW.
 FILES = replace(
-    STORIES, model=replace(STORIES.model, vocab_size=1024, max_seq_len=256), stories=0, drills=0,
-    batch_size=16, training=replace(STORIES.training, steps=750, lr=3e-3, muon=0, weight_decay=0.3))
-CHAT = Tuning(TrainConfig(steps=560, lr=4e-3, muon=2.0, warmup=20, min_lr=0.02), examples=8960)
+    STORIES, model=replace(STORIES.model, vocab_size=1024, n_layers=4, max_seq_len=256), stories=0,
+    drills=0, batch_size=16,
+    training=replace(STORIES.training, steps=750, lr=3e-3, muon=0, weight_decay=0.3))
+CHAT = Tuning(TrainConfig(steps=560, lr=6e-3, muon=0.7, warmup=20, min_lr=0.02), examples=8000,
+              replay=960)
 LORA = Tuning(TrainConfig(steps=180, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0),
-             examples=2880)
+              examples=2160, replay=720)
 # float32: the loss is made of differences between sums over an answer, in which the rounding of
 # bfloat16 shows.
 DPO = Tuning(TrainConfig(steps=40, lr=1e-4, warmup=5, weight_decay=0, precision="float32"),
@@ -82,7 +87,7 @@ def with_rate(recipe: Recipe | Tuning, lr: float) -> Recipe | Tuning:
 
 
 # The stories and dialogues of cpu for a larger model.
-MEDIUM = Size(with_rate(widened(STORIES), 3.5e-3), widened(FILES), with_rate(CHAT, 2.5e-3), LORA,
+MEDIUM = Size(with_rate(widened(STORIES), 1.2e-2), widened(FILES), with_rate(CHAT, 2.5e-3), LORA,
               with_rate(DPO, 5e-5))
 
 # More of everything in a story, so that there is something to learn. The vocabulary stays: the
@@ -92,19 +97,19 @@ WIDE = LlamaConfig(vocab_size=896, dim=512, n_layers=8, n_heads=8, n_kv_heads=4,
                    max_seq_len=1024)
 GPU = Size(
     stories=Recipe(
-        WIDE, TrainConfig(steps=2400, lr=3e-3, muon=2.0, warmup=150, min_lr=0.02),
-        batch_size=64, stories=153_600, compiling=True,
+        WIDE, TrainConfig(steps=3000, lr=5e-3, muon=1.2, warmup=100, min_lr=0.02),
+        batch_size=64, stories=153_600, drills=38_400, compiling=True,
         setting=Setting(characters=(2, 4), objects=(1, 3), events=(4, 12))),
     files=Recipe(
         replace(WIDE, vocab_size=1024, max_seq_len=512),
         TrainConfig(steps=1000, lr=1e-3, warmup=100, min_lr=0.02, weight_decay=0.3),
         batch_size=32, compiling=True),
     chat=Tuning(
-        TrainConfig(steps=400, lr=2e-3, muon=2.0, warmup=30, min_lr=0.02, accumulate=2),
-        examples=25_600, batch_size=32, compiling=True),
+        TrainConfig(steps=400, lr=2e-3, muon=1.5, warmup=30, min_lr=0.02, accumulate=2),
+        examples=22_400, replay=3200, batch_size=32, compiling=True),
     lora=Tuning(
         TrainConfig(steps=150, lr=1e-2, warmup=15, min_lr=0.02, weight_decay=0, accumulate=2),
-        examples=9600, batch_size=32, compiling=True),
+        examples=7200, replay=2400, batch_size=32, compiling=True),
     dpo=Tuning(
         TrainConfig(steps=75, lr=3e-5, warmup=10, weight_decay=0, precision="float32",
                     accumulate=2),

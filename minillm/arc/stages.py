@@ -4,6 +4,7 @@ Another stage is added here, with its settings in minillm/arc/sizes.py. With ano
 random in training is drawn anew, in a stage and in those before it; the stories, dialogues and
 questions that the stages learn from and are scored on stay the same.
 """
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -92,8 +93,13 @@ def training_texts(recipe: Recipe) -> list[str]:
     Chinese, and too little to know it well, so that there is something to adapt to."""
     if recipe.texts:
         return [text for _, text in split_documents(recipe.texts)[0]]
-    valley, harbour = World(setting=recipe.setting), World(HARBOUR, recipe.setting)
-    return [(harbour if i % 25 == 24 else valley).sample(i).text for i in range(recipe.stories)]
+    return tales(recipe.stories, recipe.setting)
+
+
+def tales(n: int, setting: Setting) -> list[str]:
+    """The first n stories that a base model learns from."""
+    valley, harbour = World(setting=setting), World(HARBOUR, setting)
+    return [(harbour if i % 25 == 24 else valley).sample(i).text for i in range(n)]
 
 
 def heldout_texts(recipe: Recipe) -> list[str]:
@@ -163,9 +169,10 @@ def make_base(recipe: Recipe, before: None, checkpoints: str, bar: bool) -> Stag
 def make_chat(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stage:
     """The chat model, from the base model."""
     if bar:
-        print(f"\nChat: {recipe.examples:,} dialogues, of which the answers are learnt.")
+        print(f"\nChat: {recipe.examples:,} dialogues, of which the answers are learnt, and "
+              f"{recipe.replay:,} stories from before.")
     data = dialogues(recipe.examples, setting=before.setting)
-    return tune(recipe, before, data, checkpoints, bar)
+    return tune(recipe, before, data, checkpoints, bar, tales(recipe.replay, before.setting))
 
 
 def make_lora(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stage:
@@ -174,16 +181,20 @@ def make_lora(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Sta
     torch.manual_seed(recipe.seed)
     add_lora(before.model, RANK, ALPHA)
     if bar:
-        print(f"\nLoRA: {recipe.examples:,} dialogues from the harbour, an adapter of rank {RANK}.")
+        print(f"\nLoRA: {recipe.examples:,} dialogues from the harbour, {recipe.replay:,} from the "
+              f"valley, an adapter of rank {RANK}.")
     data = dialogues(recipe.examples, region=HARBOUR, setting=before.setting)
+    data += dialogues(recipe.replay, setting=before.setting)
     return tune(recipe, before, data, checkpoints, bar)
 
 
-def tune(recipe: Tuning, before: Stage, data: list, checkpoints: str, bar: bool) -> Stage:
-    """The stage `before`, tuned on dialogues."""
+def tune(recipe: Tuning, before: Stage, data: list, checkpoints: str, bar: bool,
+         replay: Sequence[str] = ()) -> Stage:
+    """The stage `before`, tuned on dialogues and, in between, the plain texts of replay."""
     config = replace(recipe.training, bar=bar, checkpoint=str(checkpoints))
     history = finetune(before.model, data, before.tokenizer, config, recipe.batch_size,
-                       seed=recipe.seed, fit=partial(fit, compiling=recipe.compiling))
+                       seed=recipe.seed, replay=replay,
+                       fit=partial(fit, compiling=recipe.compiling))
     return replace(before, history=history, floor=None)
 
 

@@ -11,9 +11,10 @@ import pytest
 from minillm.arc.sizes import SIZES
 from minillm.sft import check_dialogue
 from minillm.tests.test_stories import read
-from minillm.world import Setting, World
+from minillm.world import Setting, World, reader
 from minillm.world.questions import (
-    ASK, MANNERS, SMALL_TALK, UNKNOWN, Question, dialogues, exams, instructions, questions)
+    ASK, FOREIGN, FOREIGN_WORDS, MANNERS, SMALL_TALK, UNKNOWN, Question, dialogues, exams, foreign,
+    instructions, openings, questions)
 from minillm.world.templates import HARBOUR, VALLEY
 
 RICH = SIZES["gpu"].stories.setting
@@ -38,7 +39,8 @@ def test_every_question_has_the_answer_that_the_text_gives(region):
             elif q.about == "place" and holder == q.thing:
                 assert q.value == place, q
     in_full = {(about, unknown, False) for about in ASK for unknown in (True, False)}
-    assert seen == in_full | {("holder", False, True), ("thing", False, True)}
+    assert seen == in_full | {(about, unknown, True) for about in ("holder", "thing")
+                              for unknown in (True, False)}
 
 
 @pytest.mark.parametrize("setting", (Setting(), RICH), ids=("plain", "rich"))
@@ -137,19 +139,48 @@ def stories_in(talks):
 
 def test_what_dialogues_are_made_of():
     training = dialogues(500)
-    unsure = sum("I don't know" in messages[-1]["content"] for messages in training)
-    assert 110 < unsure < 190                                        # three questions in ten
-    places = []                                                      # of small talk, from 0 to 1
-    for messages in training:
+    begun, around = training[3::4], [d for i, d in enumerate(training) if i % 4 != 3]
+    assert all(len(messages) == 10 for messages in begun)
+    unsure = sum("I don't know" in messages[-1]["content"] for messages in around)
+    assert 80 < unsure < 140                                         # three questions in ten
+    places, beyond = [], 0                                 # of small talk, from 0 to 1
+    for messages in around:
         for i, message in enumerate(messages[1:]):
             if message["content"] in SMALL_TALK:
                 places.append(i / (len(messages) - 2))
-    assert 320 < len(places) < 430 and places.count(0) > 30 and places.count(1) > 30
+            beyond += message["content"] == FOREIGN
+    assert 180 < len(places) < 280 and places.count(0) > 20 and places.count(1) > 20
+    assert 110 < beyond < 190
     told = [sum(m["role"] == "assistant" and len(m["content"]) > 150 for m in messages)
             for messages in training]
-    # In every fifth dialogue a second story is asked for, and only there are two told.
-    assert all(n > 0 for n in told[::5]) and 20 < told.count(2) < 60
+    # In every fifth dialogue a second story is asked for (but not among the openings), and only
+    # there are two told.
+    assert told[::5].count(0) == 25 and 15 < told.count(2) < 50
     assert told.count(2) == told[::5].count(2)
+
+
+def test_openings_introduce_the_animal_that_was_asked_for():
+    world = World()
+    for seed in range(50):
+        messages = openings(world, random.Random(seed))
+        check_dialogue(messages)
+        for user, told in zip(messages[::2], messages[1::2]):
+            subject = re.search(r"story about (?:an? )?([a-zA-Z ]+?)(?: begin)?[.?]$",
+                                user["content"])[1]
+            assert all(word in told["content"] for word in subject.split())
+            ending = reader.read(told["content"]).fault
+            assert ending.kind == "unfinished" and ending.sentence == "", told
+
+
+def test_what_is_foreign_is_not_of_the_world_and_others_are_asked_in_the_exams():
+    words = {split: {word for seed in range(2000)
+                     for word in re.findall(r"\w+", foreign(VALLEY, random.Random(seed), split))}
+             for split in ("train", "heldout")}
+    told = {word for seed in range(500) for word in re.findall(r"\w+", World().sample(seed).text)}
+    for i, split in enumerate(("train", "heldout")):
+        own = {word for part in FOREIGN_WORDS.values() for word in part[i::2]}
+        assert own <= words[split] and not own & words[("heldout", "train")[i]]
+        assert not own & told
 
 
 @pytest.mark.parametrize("region", (VALLEY, HARBOUR), ids=("valley", "harbour"))
@@ -176,7 +207,8 @@ def test_instructions_name_what_the_story_must_have():
 def test_a_story_on_request_begins_with_the_animal_that_was_asked_for():
     pairs = [(user["content"], told["content"]) for messages in dialogues(300)
              for user, told in zip(messages[::2], messages[1::2])]
-    requests = [(text, told) for text, told in pairs if "a story about" in text]
+    requests = [(text, told) for text, told in pairs
+                if "ell " in text and "a story about" in text and told != FOREIGN]
     for text, told in requests:
         named = re.search(r"about (.+)[.?]$", text)[1].split(" and ")
         # of "a shy alpaca" or "Vera" and "a kite", the animal

@@ -149,7 +149,7 @@ START = HOMES.format("by the river") + "Anna had a red kite. One warm morning, "
 NEAR = HOMES.format("at the mill") + "Anna had a red kite. One warm morning, "
 LYING = HOMES.format("at the mill") + "A red kite lay on the hill. One warm morning, "
 THREE = "Anna took a nap at the mill. She sat at the mill and sang. Tom walked to the hill. "
-MUSED = "Anna was as shy as ever. "
+MUSED = "Anna smiled. "
 
 # kind, what comes before, the first sentence that cannot be told, why
 FAULTS = [
@@ -157,9 +157,9 @@ FAULTS = [
     ("order", HOMES[:58], "Long ago, a brave owl called Tom lived at the mill.", "it can o"),
     ("order", START + MUSED, "Ida, a quiet goose, lived at the mill.", "characters come before"),
     ("order", START + MUSED, "Tom owned a blue drum.", "things come before events"),
-    ("order", START[:-18], "Anna was as shy as ever.", "a time of day"),
-    ("order", START[:-18], "Then Anna was as shy as ever.", "a time of day"),
-    ("order", START + MUSED, "On a cold day, Anna was as shy as ever.", "a time of day"),
+    ("order", START[:-18], "Anna smiled.", "a time of day"),
+    ("order", START[:-18], "Then Anna smiled.", "a time of day"),
+    ("order", START + MUSED, "On a cold day, Anna smiled.", "a time of day"),
     ("length", HOMES.format("by the river"), "Ida, a quiet goose, lived at the mill.", "more than"),
     ("length", HOMES[:58], "Anna had a red kite.", "characters: 1 instead of 2 or more"),
     ("length", START[:-18], "Tom owned a blue drum.", "things: more than 1"),
@@ -171,10 +171,10 @@ FAULTS = [
      '"he" cannot be Anna'),
     ("pronoun", "", "Anna the fox was shy. He had a little house at the mill.", '"he" cannot be A'),
     ("pronoun", HOMES.format("by the river"), "He had a red kite.", "in place of a name"),
-    ("pronoun", START, "She was as shy as ever.", '"she" before anyone has done anything'),
+    ("pronoun", START, "She smiled.", '"she" before anyone has done anything'),
     ("pronoun", START + MUSED, "He took a nap at the mill.", '"he" cannot be Anna here'),
     ("pronoun", START + MUSED, "Then she walked to the hill.", '"she" cannot be Anna here'),
-    ("pronoun", START + MUSED, "She the fox smiled.", '"she" in place of a name'),
+    ("pronoun", NEAR + MUSED, "She and Tom laughed together.", '"she" in place of a name'),
     ("pronoun", START, "Anna went to see him by the river.", '"him" in place of a name'),
     ("pronoun", START, "Anna looked for Tom and found her by the river.", '"her" cannot be Tom'),
     ("stranger", HOMES.format("by the river"), "Ida had a red kite.", "Ida was not introduced"),
@@ -191,8 +191,6 @@ FAULTS = [
     ("self-reference", START + MUSED,
      "Soon she wondered who had the red kite. It was with Anna at the mill.", "Anna is both"),
     ("repeat", HOMES[:58], "Anna, a brave owl, lived by the river.", "Anna again, after the shy f"),
-    ("nature", START, "Anna was as brave as ever.", "Anna is a shy fox"),
-    ("nature", START + MUSED, "Tom the fox smiled.", "Tom is a brave owl"),
     ("place", START, "Anna took a nap by the river.", "Anna is at the mill, not by the river"),
     ("place", START, "Anna walked to the mill.", "Anna is already at the mill"),
     ("place", NEAR, "Anna joined Tom at the mill.", "Anna is already at the mill"),
@@ -225,15 +223,15 @@ FAULTS = [
     ("wording", "", "Hello!", "no sentence of the world"),
     ("wording", HOMES[:58], "Tom, an brave owl, lived by the river.", "write it differently"),
     ("wording", HOMES.format("by the river"), "Anna had a orange kite.", "write it differently"),
-    ("wording", START, "anna was as shy as ever.", "write it differently"),
-    ("wording", START + MUSED, "she was as shy as ever.", "write it differently"),
-    ("wording", START + MUSED, "Then She was as shy as ever.", "write it differently"),
+    ("wording", START, "anna smiled.", "write it differently"),
+    ("wording", START + MUSED, "she smiled.", "write it differently"),
+    ("wording", START + MUSED, "Then She smiled.", "write it differently"),
     ("wording", START, "Anna flew to the moon.", "no sentence of the world"),
-    ("wording", START, "Anna was as green as ever.", "no sentence of the world"),
-    ("wording", START, "Olga was as shy as ever.", "no sentence of the world"),
+    ("wording", START, "Anna smiled at the mill.", "no sentence of the world"),
+    ("wording", START, "Olga smiled.", "no sentence of the world"),
     ("wording", START + "Anna wondered where Tom was. ", "Ida was by the river.", "no sentence"),
     ("wording", HOMES[:57] + "\n", "Tom, a brave owl, lived by the river.", "no sentence"),
-    ("wording", START + MUSED + " ", "Anna was as shy as ever.", "no sentence of the world"),
+    ("wording", START + MUSED + " ", "Anna smiled.", "no sentence of the world"),
 ]
 
 
@@ -296,7 +294,7 @@ def test_no_text_raises_an_error():
         "", " ", "\n", ".", '"', "!?" * 1000, "a" * 100_000, "猫。" * 100, "{name} lived {P}.",
         story + "\n", story + " ", story + story, story.upper(), story.lower(), START * 50,
         START + MUSED * 2000,
-        START + "ſhe was as shy as ever.", START + "Anna was as ſhy as ever.",
+        START + "ſhe smiled.", START + "Anna ſmiled.",
         "She, a shy fox, lived at the mill.", START + "She and her laughed together.",
         START + "Him gave his the red kite.", START + "So now the red kite is with her.",
     ]
@@ -320,7 +318,7 @@ def test_other_templates_need_no_other_reader(monkeypatch):
     events["walk"] = 3, ("suddenly, {N} danced to {G}!", "{P}! That is where {S} went.")
     events["who"] = 5, ("{S} dreamed of {T}. Somebody had {T} {P}.", "{T}, {S} had not forgotten.")
     events["rest"] = 0, ("{S} rested.",)
-    events["muse"] = 3, ("{S} slept.", "{S} slept. What a {trait} {kind}!")
+    events["muse"] = 3, ("{S} slept.", "{S} slept. What a day!")
     new = {"EVENTS": events, "LINKS": (("", 1), ("So ", 4), ("So then, ", 2)),
            "LIES": "{P} one finds {T} now.", "FIRST": ("{A} {kind} lived {P}: {name}.",)}
     for module in stories, grammar, reader:

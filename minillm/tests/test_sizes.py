@@ -55,9 +55,11 @@ def test_an_unknown_size_ends_the_command_with_one_line(monkeypatch, arguments):
 @pytest.mark.parametrize("name", sizes.SIZES)
 def test_stories_and_dialogues_are_seen_once(name):
     size = sizes.SIZES[name]
-    assert size.stories.training.steps * size.stories.batch_size == size.stories.stories
+    recipe = size.stories
+    assert recipe.training.steps * recipe.batch_size == recipe.stories + recipe.drills
+    assert recipe.drills % recipe.batch_size == 0
     for stage in size.chat, size.lora:
-        assert seen(stage) == stage.examples
+        assert seen(stage) == stage.examples + stage.replay
     assert seen(size.dpo) <= 1.1 * size.dpo.examples
 
 
@@ -113,7 +115,8 @@ def test_every_stage_of_the_size_gpu_learns_from_its_rich_stories(monkeypatch, t
     assert abs(base.floor + sum(story.logp for story in heldout) / tokens) < 1e-9
     (chat, *_), (lora, *_), (_, asked, _) = learned
     assert chat == dialogues(48, setting=setting)
-    assert lora == dialogues(48, region=HARBOUR, setting=setting)
+    assert lora == (dialogues(48, region=HARBOUR, setting=setting)
+                    + dialogues(16, setting=setting))
     assert asked == exams(48, "train", setting=setting)
     of_this, of_plain = scorecard.bounds(setting)[0], scorecard.bounds(Setting())[0]
     assert f"{of_this:.4f}" in table and f"{of_plain:.4f}" not in table

@@ -37,19 +37,20 @@ def cut(monkeypatch, size, folder):
                     n_kv_heads=1, hidden_dim=48, max_seq_len=2048)
     training = replace(size.stories.training, steps=6, warmup=2)
     recipes = {"stories": replace(size.stories, model=model, training=training, batch_size=16,
-                                  stories=64, compiling=False),
+                                  stories=64, drills=32, compiling=False),
                "files": replace(size.files, model=replace(model, max_seq_len=64),
                                 training=training, compiling=False)}
     for name in "chat", "lora", "dpo":
         recipe = getattr(size, name)
         recipes[name] = replace(recipe, training=replace(recipe.training, steps=3, warmup=1),
-                                examples=48, batch_size=16, compiling=False)
+                                examples=48, replay=16, batch_size=16, compiling=False)
     monkeypatch.setattr(stages, "size", lambda: Size(**recipes))
     monkeypatch.setattr(stages, "sample_pairs", lambda model, tokenizer, prompts, judge, **_: [
         (messages, q.answer("polite"), q.answer("rude")) for messages, q in prompts])
     trials = scorecard.trials.__wrapped__
     monkeypatch.setattr(scorecard, "trials", lambda setting: trials(setting, 8))
-    monkeypatch.setattr(scorecard, "write_texts", partial(scorecard.write_texts, length=20))
+    for name in "write_texts", "tell":
+        monkeypatch.setattr(scorecard, name, partial(getattr(scorecard, name), length=20))
 
 
 @pytest.fixture

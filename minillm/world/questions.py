@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from types import EllipsisType
 
-from minillm.world.stories import PLAIN, Setting, Story, Thing, World, capital, with_article
+from minillm.world.stories import (
+    PLAIN, Character, Scene, Setting, Story, Teller, Thing, World, capital, with_article)
 from minillm.world.templates import VALLEY, Region
 
 MANNERS = {"plain": "{}.", "polite": "{}, my friend.", "rude": "{}, as any fool can see."}
@@ -29,6 +30,7 @@ TELL = ("Tell a story about {}.", "Tell me a story about {}.", "Please tell a st
         "Can you tell a story about {}?")
 ANY = ("Tell a story.", "Tell me a story.", "Please tell a story.", "Can you tell a story?",
        "Tell another story.", "Yes, please.")
+BEGIN = ("Begin a story about {}.", "Start a story about {}.", "How does a story about {} begin?")
 SMALL_TALK = {    # answer: what is said to get it
     "Hello! What shall I tell a story about?":
         ("Hello!", "Hello", "Hi!", "Hi", "Hey!", "Good morning!", "Good evening!"),
@@ -42,6 +44,27 @@ SMALL_TALK = {    # answer: what is said to get it
         ("How are you?", "How do you do?"),
     "Goodbye!":
         ("Goodbye!", "Bye!", "Bye", "Good night!"),
+}
+
+# What lies outside of the world: one answer, and what is said to get it. Of each list of words the
+# training data have those at even places, and the examinations the others.
+FOREIGN = "I only know my stories. Ask me for one, and then who is where and who has what."
+FOREIGN_ASK = ("What is {number} + {number}?", "What is {number} times {number}?",
+               "How much is {number} minus {number}?", "Why is the {kind} {mood}?",
+               "Why is {name} {mood}?", "Is the {kind} {mood}?", "What is the capital of {land}?",
+               "Where is {land}?", "Tell a story about a {colour} {being}.",
+               "Tell me a story about a {being} and {thing}.", "Please tell a story about {land}.",
+               "Tell a story about a {mood} {kind}.", "Write a poem about a {being}.",
+               "Who is the {being}?", "What does a {kind} eat?", "How old is the {being}?",
+               "Translate this into the language of {land}.", "Can you draw a {being}?")
+FOREIGN_WORDS = {
+    "mood": ("angry", "sad", "happy", "tired", "bored", "afraid", "lonely", "jealous", "calm",
+             "nervous", "cheerful", "grumpy", "silly", "worried", "excited", "lost"),
+    "being": ("robot", "dragon", "wizard", "unicorn", "pirate", "princess", "giant", "ghost",
+              "knight", "witch", "tiger", "lion", "king", "queen", "monster", "elephant", "doctor",
+              "dinosaur", "computer", "teacher", "mermaid", "whale", "horse", "dog"),
+    "land": ("France", "Spain", "China", "Brazil", "Egypt", "Italy", "Japan", "Norway", "India",
+             "Canada", "Mexico", "Kenya", "Poland", "Chile", "Greece", "Turkey"),
 }
 
 
@@ -117,12 +140,22 @@ def called(thing: Thing, rng: random.Random) -> str:
     return f"the {thing.noun}" if rng.random() < 0.3 else thing.name
 
 
+def missing(story: Story, region: Region, rng: random.Random) -> str:
+    """A thing that is not in the story, as a question names it.
+
+    It may have the color or the noun of one that is: who reads only half of the name is fooled.
+    """
+    thing = rng.choice(story.things)
+    colour = rng.choice([c for c in region.colours if all(c != t.colour for t in story.things)])
+    noun = rng.choice([n for n in region.things if all(n != t.noun for t in story.things)])
+    return rng.choice((f"the {colour} {thing.noun}", f"the {thing.colour} {noun}",
+                       f"the {colour} {noun}", f"the {noun}"))
+
+
 def questions(story: Story, region: Region, rng: random.Random, n: int) -> list[Question]:
     """n different questions about the end of a story, about three in ten of them unanswerable."""
-    present = {c.name for c in story.characters} | {t.name for t in story.things}
+    present = {c.name for c in story.characters}
     strangers = [name for name in region.she + region.he if name not in present]
-    named = [f"the {colour} {rng.choice(region.things)}" for colour in region.colours]
-    missing = [name for name in named if name not in present]
 
     # What the story tells, as (about, what is asked about, value).
     known = [("holder", called(thing, rng), thing.holder.name if thing.holder else "nobody")
@@ -134,8 +167,8 @@ def questions(story: Story, region: Region, rng: random.Random, n: int) -> list[
     known += [("place", c.name, c.place) for c in story.characters]
 
     # What it does not tell.
-    unknown = [("holder", rng.choice(missing), None), ("thing", rng.choice(missing), None),
-               ("place", rng.choice(strangers), None)]
+    unknown = [("holder", missing(story, region, rng), None),
+               ("thing", missing(story, region, rng), None), ("place", rng.choice(strangers), None)]
     wanted = sum(rng.random() < 0.3 for _ in range(n))
     k = min(len(unknown), max(n - len(known), wanted))
     chosen = rng.sample(known, n - k) + rng.sample(unknown, k)
@@ -150,13 +183,17 @@ def questions(story: Story, region: Region, rng: random.Random, n: int) -> list[
     return found
 
 
+def subject_of(hero: Character, rng: random.Random) -> str:
+    """How a request names the hero of a story: "a shy alpaca", or in one of five "Vera"."""
+    return hero.name if rng.random() < 0.2 else f"{with_article(hero.trait)} {hero.kind}"
+
+
 def request(story: Story, rng: random.Random) -> tuple[str, tuple[str, str]]:
     """An instruction that this story follows, and the words that a story must have to follow it.
 
     "Tell a story about a shy alpaca and a kite.", for example.
     """
-    hero, thing = story.characters[0], rng.choice(story.things)
-    subject = hero.name if rng.random() < 0.2 else f"{with_article(hero.trait)} {hero.kind}"
+    subject, thing = subject_of(story.characters[0], rng), rng.choice(story.things)
     named = [subject, with_article(thing.noun)]
     if rng.random() < 0.5:
         named.reverse()
@@ -180,10 +217,45 @@ def dialogue(story: Story, region: Region, rng: random.Random,
             text = question.text if told or i else f"{each.told} {question.text}"
             manner = rng.choice(tuple(MANNERS))
             messages += [say("user", text), say("assistant", question.answer(manner))]
-    for _ in range(rng.choice((0, 0, 1, 2))):
-        answer = rng.choice(tuple(SMALL_TALK))
+    for _ in range(rng.choice((0, 1, 1, 2))):
         at = 2 * rng.randrange(len(messages) // 2 + 1)
-        messages[at:at] = [say("user", rng.choice(SMALL_TALK[answer])), say("assistant", answer)]
+        if rng.random() < 0.4:
+            text, answer = foreign(region, rng, "train"), FOREIGN
+        else:
+            answer = rng.choice(tuple(SMALL_TALK))
+            text = rng.choice(SMALL_TALK[answer])
+        messages[at:at] = [say("user", text), say("assistant", answer)]
+    return messages
+
+
+def foreign(region: Region, rng: random.Random, split: str) -> str:
+    """Something that is asked and has no answer in the world: "What is 2 + 2?".
+
+    split: "train", or "heldout", whose moods, beings, lands and numbers are others.
+    """
+    odd = split != "train"
+    words = {name: rng.choice(words[odd::2]) for name, words in FOREIGN_WORDS.items()}
+    words |= {"name": rng.choice(region.she + region.he), "kind": rng.choice(region.kinds),
+              "thing": with_article(rng.choice(region.things)),
+              "colour": rng.choice(region.colours)}
+    text = rng.choice(FOREIGN_ASK)
+    while "{number}" in text:
+        text = text.replace("{number}", str(2 * rng.randrange(50) + odd), 1)
+    return text.format(**words)
+
+
+def openings(world: World, rng: random.Random, n: int = 5) -> list[dict[str, str]]:
+    """A dialogue of n requests for the beginning of a story: the sentence that introduces its hero.
+
+    In a whole story, few words show whether the request was followed; here they are one in four.
+    """
+    messages = []
+    for _ in range(n):
+        teller = Teller(rng)
+        scene = Scene(teller)
+        world.introduce(teller, scene)
+        wish = rng.choice(BEGIN).format(subject_of(scene.people[0], rng))
+        messages += [say("user", wish), say("assistant", teller.text)]
     return messages
 
 
@@ -202,11 +274,14 @@ def dialogues(n: int, split: str = "train", region: Region = VALLEY,
               setting: Setting = PLAIN) -> list[list[dict[str, str]]]:
     """n dialogues for training, as lists of messages {"role", "content"}, user first.
 
-    In every fifth, a second story is asked for.
+    In every fifth, a second story is asked for; every fourth is of openings.
     """
     world = World(region, setting)
     found = []
     for i, (story, rng) in enumerate(seeded(n, split, region, setting, "dialogue")):
+        if i % 4 == 3:
+            found.append(openings(world, rng))
+            continue
         another = world.sample(f"another {i}", split) if i % 5 == 0 else None
         found.append(dialogue(story, region, rng, another))
     return found

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from minillm.world.grammar import (
     CHARACTERS, END, EVENT, PARTS, PRONOUNS, THINGS, Sentence, first_sentence, grammar)
 from minillm.world.stories import (
-    PLAIN, Character, Scene, Setting, Teller, Thing, World, pick_number, pick_opening,
-    with_article, without)
+    PLAIN, Character, Scene, Setting, Teller, Thing, World, pick_number, pick_opening, without)
 from minillm.world.templates import FIRST, OTHER, VALLEY, Region
 
 # What can be wrong with the first sentence that the world could not have told there. The kind of a
@@ -33,7 +32,6 @@ KINDS = {
     "self-reference": "the one who acts is also the other character of the sentence",
     "repeat": "a character with the name of an earlier one, or a thing with the color or noun of "
               "an earlier one",
-    "nature": "a trait or kind that is not that of the character",
     "place": "the sentence would be possible if the characters that it names, or a thing that lies "
              "somewhere, were elsewhere",
     "holder": "the sentence would be possible if someone else had the thing, or if it lay "
@@ -286,11 +284,8 @@ class Reader:
                 for slot, taken in (("colour", x.colour), ("thing", x.noun)):
                     if said.get(slot) == taken:
                         return "repeat", f"{taken} again, after {x.name}"
-        if part == EVENT and who:
-            if who is other:
-                return "self-reference", f"{who.name} is both characters of the sentence"
-            if said.get("trait", who.trait) != who.trait or said.get("kind", who.kind) != who.kind:
-                return "nature", f"{who.name} is {with_article(who.trait)} {who.kind}"
+        if part == EVENT and who and who is other:
+            return "self-reference", f"{who.name} is both characters of the sentence"
         mended = self.mended(sentence) if part in (EVENT, END) else None
         return mended or ("wording", "the world would write it differently")
 

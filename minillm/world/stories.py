@@ -272,7 +272,7 @@ class Scene:
             "greet": [(o, None) for o in near],
             "muse": [(None, None)],
             "who": [(x.holder, x) for x in self.things if x.holder in others],
-            "where": [(o, None) for o in far],
+            "where": [(o, None) for o in others],
             "lost": [(None, x) for x in lying],
         }
 
@@ -303,7 +303,7 @@ class Scene:
         sentence = t.pick(EVENTS[event][1])
         pronoun = self.may_be_pronoun(who, event, sentence) and t.pick((True, False))
         t.say(capital(link + sentence.format(
-            S=who.pronouns[0] if pronoun else who.name, N=who.name, trait=who.trait, kind=who.kind,
+            S=who.pronouns[0] if pronoun else who.name, N=who.name,
             O=other and other.name, him=other and other.pronouns[2], T=thing and thing.name,
             P=place, G=place.split(" ", 1)[1])))
         if event in MOVES:
