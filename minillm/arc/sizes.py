@@ -56,22 +56,22 @@ class Size:
 STORIES = Recipe(
     LlamaConfig(vocab_size=896, dim=128, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=344,
                 max_seq_len=512),
-    TrainConfig(steps=1350, lr=2e-2, muon=0.4, warmup=30, min_lr=0.02),
-    batch_size=32, stories=35_200, drills=8000)
+    TrainConfig(steps=1200, lr=2e-2, muon=0.4, warmup=30, min_lr=0.02),
+    batch_size=32, stories=30_400, drills=8000)
 # A file is read many times over, and there Muon learns it by heart (measured on Tiny Shakespeare):
 # plain AdamW.
 FILES = replace(
     STORIES, model=replace(STORIES.model, vocab_size=1024, n_layers=4, max_seq_len=256), stories=0,
     drills=0, batch_size=16,
     training=replace(STORIES.training, steps=750, lr=3e-3, muon=0, weight_decay=0.3))
-CHAT = Tuning(TrainConfig(steps=560, lr=6e-3, muon=0.7, warmup=20, min_lr=0.02), examples=8000,
-              replay=960)
-LORA = Tuning(TrainConfig(steps=180, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0),
-              examples=2160, replay=720)
+CHAT = Tuning(TrainConfig(steps=680, lr=6e-3, muon=0.7, warmup=20, min_lr=0.02), examples=9880,
+              replay=1000)
+LORA = Tuning(TrainConfig(steps=135, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0),
+              examples=1620, replay=540)
 # float32: the loss is made of differences between sums over an answer, in which the rounding of
 # bfloat16 shows.
-DPO = Tuning(TrainConfig(steps=40, lr=1e-4, warmup=5, weight_decay=0, precision="float32"),
-             examples=600)
+DPO = Tuning(TrainConfig(steps=110, lr=4e-5, warmup=5, weight_decay=0, precision="float32"),
+             examples=900)
 CPU = Size(STORIES, FILES, CHAT, LORA, DPO)
 
 
@@ -88,7 +88,7 @@ def with_rate(recipe: Recipe | Tuning, lr: float) -> Recipe | Tuning:
 
 # The stories and dialogues of cpu for a larger model.
 MEDIUM = Size(with_rate(widened(STORIES), 1.2e-2), widened(FILES), with_rate(CHAT, 2.5e-3), LORA,
-              with_rate(DPO, 5e-5))
+              with_rate(DPO, 2e-5))
 
 # More of everything in a story, so that there is something to learn. The vocabulary stays: the
 # words of the world fill no larger one. Where a batch is long it comes in two halves, so that 8 GB
@@ -97,8 +97,8 @@ WIDE = LlamaConfig(vocab_size=896, dim=512, n_layers=8, n_heads=8, n_kv_heads=4,
                    max_seq_len=1024)
 GPU = Size(
     stories=Recipe(
-        WIDE, TrainConfig(steps=3000, lr=5e-3, muon=1.2, warmup=100, min_lr=0.02),
-        batch_size=64, stories=153_600, drills=38_400, compiling=True,
+        WIDE, TrainConfig(steps=3200, lr=5e-3, muon=1.2, warmup=100, min_lr=0.02),
+        batch_size=64, stories=153_600, drills=51_200, compiling=True,
         setting=Setting(characters=(2, 4), objects=(1, 3), events=(4, 12))),
     files=Recipe(
         replace(WIDE, vocab_size=1024, max_seq_len=512),
@@ -111,9 +111,9 @@ GPU = Size(
         TrainConfig(steps=150, lr=1e-2, warmup=15, min_lr=0.02, weight_decay=0, accumulate=2),
         examples=7200, replay=2400, batch_size=32, compiling=True),
     dpo=Tuning(
-        TrainConfig(steps=75, lr=3e-5, warmup=10, weight_decay=0, precision="float32",
+        TrainConfig(steps=100, lr=2e-5, warmup=10, weight_decay=0, precision="float32",
                     accumulate=2),
-        examples=2400, compiling=True))
+        examples=1600, compiling=True))
 SIZES = {"cpu": CPU, "medium": MEDIUM, "gpu": GPU}
 
 

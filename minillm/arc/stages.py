@@ -13,6 +13,7 @@ import torch
 
 from minillm.arc.cache import ALPHA, RANK, Stage, build, device
 from minillm.arc.fit import fit
+from minillm.arc.pool import spread
 from minillm.arc.scorecard import write_texts
 from minillm.arc.sizes import Recipe, Tuning, size
 from minillm.data import ENDOFTEXT, Rows, Windows, clean, encode_document, split_documents
@@ -27,14 +28,14 @@ from minillm.tokenizer import Tokenizer
 from minillm.train import Batches
 from minillm.world import Setting, World
 from minillm.world.drills import drill
-from minillm.world.questions import dialogues, exams
+from minillm.world.questions import exams, talk
 from minillm.world.stories import Story
-from minillm.world.templates import HARBOUR
+from minillm.world.templates import HARBOUR, VALLEY, Region
 
 # Those of the chat have their rows from the start, as LLaMA 3 has reserved ones, so that no later
 # stage must grow the model.
 SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
-BETA = 0.1                                # of DPO
+BETA = 0.5                                # of DPO
 
 
 def seeded(recipe: Recipe | Tuning, seed: int) -> Recipe | Tuning:
@@ -98,8 +99,17 @@ def training_texts(recipe: Recipe) -> list[str]:
 
 def tales(n: int, setting: Setting) -> list[str]:
     """The first n stories that a base model learns from."""
-    valley, harbour = World(setting=setting), World(HARBOUR, setting)
-    return [(harbour if i % 25 == 24 else valley).sample(i).text for i in range(n)]
+    return spread(partial(tale, World(setting=setting), World(HARBOUR, setting)), n)
+
+
+def tale(valley: World, harbour: World, i: int) -> str:
+    """Story number i."""
+    return (harbour if i % 25 == 24 else valley).sample(i).text
+
+
+def talks(n: int, region: Region, setting: Setting) -> list[list[dict[str, str]]]:
+    """dialogues(n, "train", region, setting), see there."""
+    return spread(partial(talk, split="train", region=region, setting=setting), n)
 
 
 def heldout_texts(recipe: Recipe) -> list[str]:
@@ -171,7 +181,7 @@ def make_chat(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Sta
     if bar:
         print(f"\nChat: {recipe.examples:,} dialogues, of which the answers are learnt, and "
               f"{recipe.replay:,} stories from before.")
-    data = dialogues(recipe.examples, setting=before.setting)
+    data = talks(recipe.examples, VALLEY, before.setting)
     return tune(recipe, before, data, checkpoints, bar, tales(recipe.replay, before.setting))
 
 
@@ -183,8 +193,8 @@ def make_lora(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Sta
     if bar:
         print(f"\nLoRA: {recipe.examples:,} dialogues from the harbour, {recipe.replay:,} from the "
               f"valley, an adapter of rank {RANK}.")
-    data = dialogues(recipe.examples, region=HARBOUR, setting=before.setting)
-    data += dialogues(recipe.replay, setting=before.setting)
+    data = talks(recipe.examples, HARBOUR, before.setting)
+    data += talks(recipe.replay, VALLEY, before.setting)
     return tune(recipe, before, data, checkpoints, bar)
 
 

@@ -4,7 +4,7 @@ Every answer can be judged by the facts.
 """
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import EllipsisType
 
 from minillm.world.stories import (
@@ -143,13 +143,15 @@ def called(thing: Thing, rng: random.Random) -> str:
 def missing(story: Story, region: Region, rng: random.Random) -> str:
     """A thing that is not in the story, as a question names it.
 
-    It may have the color or the noun of one that is: who reads only half of the name is fooled.
+    In one of three cases it has the color or the noun of one that is, to fool who reads only half
+    of the name; with more of these, a small model does not learn to compare at all.
     """
     thing = rng.choice(story.things)
     colour = rng.choice([c for c in region.colours if all(c != t.colour for t in story.things)])
     noun = rng.choice([n for n in region.things if all(n != t.noun for t in story.things)])
-    return rng.choice((f"the {colour} {thing.noun}", f"the {thing.colour} {noun}",
-                       f"the {colour} {noun}", f"the {noun}"))
+    both = f"the {colour} {noun}"
+    return rng.choice((both, both, both, both, f"the {colour} {thing.noun}",
+                       f"the {thing.colour} {noun}"))
 
 
 def questions(story: Story, region: Region, rng: random.Random, n: int) -> list[Question]:
@@ -184,8 +186,8 @@ def questions(story: Story, region: Region, rng: random.Random, n: int) -> list[
 
 
 def subject_of(hero: Character, rng: random.Random) -> str:
-    """How a request names the hero of a story: "a shy alpaca", or in one of five "Vera"."""
-    return hero.name if rng.random() < 0.2 else f"{with_article(hero.trait)} {hero.kind}"
+    """How a request names the hero of a story: "a shy alpaca", or in three of ten "Vera"."""
+    return hero.name if rng.random() < 0.3 else f"{with_article(hero.trait)} {hero.kind}"
 
 
 def request(story: Story, rng: random.Random) -> tuple[str, tuple[str, str]]:
@@ -202,22 +204,24 @@ def request(story: Story, rng: random.Random) -> tuple[str, tuple[str, str]]:
 
 
 def dialogue(story: Story, region: Region, rng: random.Random,
-             another: Story | None = None) -> list[dict[str, str]]:
+             another: Story | None = None, begun: bool = False) -> list[dict[str, str]]:
     """A dialogue around a story: it is asked for or read out, and questions follow.
 
-    Then `another` story may be asked for. Here and there is small talk.
+    begun: the story is only the beginning of one, and always read out. Then `another` story may be
+    asked for. Here and there is small talk.
     """
     messages = []
     for each in (story, another) if another else (story,):
-        told = each is another or rng.random() < 0.4
+        told = each is another or (rng.random() < 0.4 and not begun)
         if told:
             wish = rng.choice(ANY) if rng.random() < 0.15 else request(each, rng)[0]
             messages += [say("user", wish), say("assistant", each.text)]
-        for i, question in enumerate(questions(each, region, rng, 2 if another else 5)):
+        n = 2 if another else 6 if begun else 5
+        for i, question in enumerate(questions(each, region, rng, n)):
             text = question.text if told or i else f"{each.told} {question.text}"
             manner = rng.choice(tuple(MANNERS))
             messages += [say("user", text), say("assistant", question.answer(manner))]
-    for _ in range(rng.choice((0, 1, 1, 2))):
+    for _ in range(rng.choice((0, 0, 1, 1) if another else (0, 1, 1, 2))):
         at = 2 * rng.randrange(len(messages) // 2 + 1)
         if rng.random() < 0.4:
             text, answer = foreign(region, rng, "train"), FOREIGN
@@ -272,19 +276,25 @@ def seeded(n: int, split: str, region: Region, setting: Setting,
 
 def dialogues(n: int, split: str = "train", region: Region = VALLEY,
               setting: Setting = PLAIN) -> list[list[dict[str, str]]]:
-    """n dialogues for training, as lists of messages {"role", "content"}, user first.
+    """n dialogues for training, as lists of messages {"role", "content"}, user first: see talk."""
+    return [talk(i, split, region, setting) for i in range(n)]
 
-    In every fifth, a second story is asked for; every fourth is of openings.
+
+def talk(i: int, split: str = "train", region: Region = VALLEY,
+         setting: Setting = PLAIN) -> list[dict[str, str]]:
+    """The dialogue with this number.
+
+    In every fifth, a second story is asked for. Every sixth is of openings, and every third about a
+    story in which nothing has happened yet: short texts, many answers, and so much to learn from.
     """
-    world = World(region, setting)
-    found = []
-    for i, (story, rng) in enumerate(seeded(n, split, region, setting, "dialogue")):
-        if i % 4 == 3:
-            found.append(openings(world, rng))
-            continue
-        another = world.sample(f"another {i}", split) if i % 5 == 0 else None
-        found.append(dialogue(story, region, rng, another))
-    return found
+    world, rng = World(region, setting), random.Random(f"dialogue {split} {i}")
+    if i % 6 == 3:
+        return openings(world, rng)
+    if i % 3 == 1:
+        begun = World(region, replace(setting, events=(0, 0))).sample(f"dialogue {i}", split)
+        return dialogue(begun, region, rng, begun=True)
+    another = world.sample(f"another {i}", split) if i % 5 == 0 else None
+    return dialogue(world.sample(f"dialogue {i}", split), region, rng, another)
 
 
 def exams(n: int, split: str = "heldout", region: Region = VALLEY,
