@@ -27,6 +27,8 @@ ADVICE = {
     "valid": "if bits/byte is normal, what is wrong first with the stories that it writes "
              "(faults in arc/scorecard.py), and how they are sampled (generate.py)",
     "answers": "the dialogues (world/questions.py) and which of their tokens count (sft.py)",
+    "unknown": "the questions that have no answer (missing in world/questions.py)",
+    "requests": "the dialogues that begin stories (openings in world/questions.py)",
     "harbour": "if only lora is off, the adapter (lora.py) and the dialogues from the harbour",
     "wins": "the preference pairs, and the loss over them (dpo.py, history of the stage)",
     "MB": "the shape of the model, and the type of its weights",
@@ -96,8 +98,8 @@ def outside(column: str, value: float, s: Spread) -> bool:
     2/9. And why 5 deviations? Mean and deviation are themselves estimates from 8 numbers, so that
     the distance of a ninth, divided by sd * sqrt(1 + 1/8), follows Student's t with 7 degrees of
     freedom (if the figures are normally distributed): it exceeds 3 deviations in 2.5% of normal
-    runs, and 5 in 0.2%. A scorecard has about 40 figures. With 3 deviations one normal figure in
-    each scorecard would be off on average, with 5 at most one normal run in 12 has any. The price
+    runs, and 5 in 0.2%. A scorecard has about 50 figures. With 3 deviations one normal figure in
+    each scorecard would be off on average, with 5 at most one normal run in 10 has any. The price
     is that a small fault passes.
     """
     low, high = s["mean"] - WIDTH * s["sd"], s["mean"] + WIDTH * s["sd"]

@@ -56,8 +56,8 @@ class Size:
 STORIES = Recipe(
     LlamaConfig(vocab_size=896, dim=128, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=344,
                 max_seq_len=512),
-    TrainConfig(steps=1200, lr=2e-2, muon=0.4, warmup=30, min_lr=0.02),
-    batch_size=32, stories=30_400, drills=8000)
+    TrainConfig(steps=1250, lr=2e-2, muon=0.4, warmup=30, min_lr=0.02),
+    batch_size=32, stories=30_400, drills=9600)
 # A file is read many times over, and there Muon learns it by heart (measured on Tiny Shakespeare):
 # plain AdamW.
 FILES = replace(
@@ -66,11 +66,11 @@ FILES = replace(
     training=replace(STORIES.training, steps=750, lr=3e-3, muon=0, weight_decay=0.3))
 CHAT = Tuning(TrainConfig(steps=680, lr=6e-3, muon=0.7, warmup=20, min_lr=0.02), examples=9880,
               replay=1000)
-LORA = Tuning(TrainConfig(steps=135, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0),
-              examples=1620, replay=540)
+LORA = Tuning(TrainConfig(steps=160, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0),
+              examples=1920, replay=640)
 # float32: the loss is made of differences between sums over an answer, in which the rounding of
 # bfloat16 shows.
-DPO = Tuning(TrainConfig(steps=110, lr=4e-5, warmup=5, weight_decay=0, precision="float32"),
+DPO = Tuning(TrainConfig(steps=110, lr=3.5e-5, warmup=5, weight_decay=0, precision="float32"),
              examples=900)
 CPU = Size(STORIES, FILES, CHAT, LORA, DPO)
 
