@@ -352,11 +352,11 @@ def recipe_rows(name: str = "gpu") -> list[dict[str, str]]:
     of_talks = [len(encode_dialogue(talk, tokenizer)[0]) - 1 for talk in talks]
     of_drills = [len(encode_document(drill(i), tokenizer)) - 1 for i in range(1000)]
     a_text, a_talk, a_drill = map(statistics.mean, (of_texts, of_talks, of_drills))
-    stages = [("base", size.stories, of_texts,
-               size.stories.stories * a_text + size.stories.drills * a_drill),
-              ("chat", size.chat, of_talks, size.chat.examples * a_talk + size.chat.replay * a_text)]
+    in_base = size.stories.stories * a_text + size.stories.drills * a_drill
+    in_chat = size.chat.examples * a_talk + size.chat.replay * a_text
     rows = []
-    for stage, recipe, lengths, tokens in stages:
+    for stage, recipe, lengths, tokens in (("base", size.stories, of_texts, in_base),
+                                           ("chat", size.chat, of_talks, in_chat)):
         mean, longest = statistics.mean(lengths), max(lengths)
         training = recipe.training
         memory = training_memory(c, recipe.batch_size, longest, "bf16", muon=training.muon > 0,
