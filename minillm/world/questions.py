@@ -284,7 +284,7 @@ def talk(i: int, split: str = "train", region: Region = VALLEY,
          setting: Setting = PLAIN) -> list[dict[str, str]]:
     """The dialogue with this number.
 
-    In every fifth, a second story is asked for. Every sixth is of openings, and every third about a
+    In one of ten, a second story is asked for. Every sixth is of openings, and every third about a
     story in which nothing has happened yet: short texts, many answers, and so much to learn from.
     """
     world, rng = World(region, setting), random.Random(f"dialogue {split} {i}")
