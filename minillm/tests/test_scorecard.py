@@ -12,7 +12,7 @@ from minillm.data import encode_document
 from minillm.model import Llama
 from minillm.tokenizer import Tokenizer
 from minillm.world import Setting, World
-from minillm.world.questions import exams
+from minillm.world.questions import exams, instructions, seeded
 from minillm.world.reader import KINDS
 from minillm.world.templates import HARBOUR, VALLEY
 
@@ -102,6 +102,26 @@ def test_bounds_are_those_of_the_trials(setting):
     for column in "consistency", "answers", "harbour":
         assert 0 < row[column] < 0.5
     assert row["valid"] == scorecard.faults([s.text for s in stories], setting)["none"] / 500 == 1
+
+
+@pytest.mark.parametrize("setting", (Setting(), RICH), ids=("plain", "rich"))
+def test_a_story_follows_its_own_request_and_another_one_seldom(setting):
+    requests = instructions(200, setting=setting)
+    stories = [story.text for story, _ in seeded(200, "heldout", VALLEY, setting, "request")]
+    for (_, wanted), text in zip(requests, stories):
+        own = scorecard.follows(text, wanted, setting)
+        assert all(own.values()) and set(own) in ({"name", "thing"}, {"trait", "kind", "thing"})
+        assert not any(scorecard.follows("Hello!", wanted, setting).values())
+        # Asked for another trait, the story does not follow.
+        hero = scorecard.read_story(text, setting).characters[0]
+        wrong = {"shy": "brave"}.get(hero.trait, "shy")
+        found = scorecard.follows(text, (f"{wrong} {hero.kind}", wanted[1]), setting)
+        assert found == {"trait": False, "kind": True, "thing": True}
+        absent = next(noun for noun in VALLEY.things if noun not in text)
+        assert not scorecard.follows(text, (wanted[0], absent), setting)["thing"]
+    shifted = [all(scorecard.follows(text, wanted, setting).values())
+               for (_, wanted), text in zip(requests, stories[1:] + stories[:1])]
+    assert sum(shifted) < 20
 
 
 @pytest.mark.parametrize("region", (VALLEY, HARBOUR), ids=("valley", "harbour"))

@@ -7,7 +7,7 @@ import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from minillm import sft
-from minillm.data import ENDOFTEXT, IGNORE
+from minillm.data import ENDOFTEXT, IGNORE, encode_document
 from minillm.model import Llama, LlamaConfig
 from minillm.sft import (ASSISTANT, USER, Dialogues, check_dialogue, encode_dialogue,
                          encode_prompt, finetune)
@@ -181,6 +181,29 @@ def test_unmasked_differs_in_targets_only(tokenizer):
         assert (s != IGNORE).sum() < (t != IGNORE).sum()
         lengths = [len(masked.documents[j]) - 1 for j in masked.chosen(i)]
         assert (t != IGNORE).sum(1).tolist() == lengths
+
+
+@pytest.mark.parametrize("masked", (True, False))
+def test_of_replayed_texts_every_token_is_learned(tokenizer, masked):
+    dialogues = questions.dialogues(12)
+    texts = [story.text for story in World().stories(8)]
+    batches, seen = Dialogues(dialogues, tokenizer, 4, masked=masked, replay=texts), set()
+    for i in range(5):
+        for row, j in zip(batches[i][1].tolist(), batches.chosen(i)):
+            seen.add(j)
+            if j >= len(dialogues):
+                ids = encode_document(texts[j - len(dialogues)], tokenizer)
+                assert row == ids[1:] + [IGNORE] * (len(row) - len(ids) + 1)
+            elif masked:
+                assert row.count(IGNORE) > len(row) - len(batches.documents[j]) + 1
+    assert seen == set(range(20))
+
+
+def test_a_replayed_text_that_is_too_long_is_named(tokenizer, model):
+    config = TrainConfig(steps=1, warmup=1, bar=False)
+    with pytest.raises(ValueError, match=r"text 1 of replay has \d+ tokens, more than max_seq_len"):
+        finetune(model, [[user("Hi"), assistant("Hello!")]], tokenizer, config, batch_size=1,
+                 replay=["Short.", "long " * 100])
 
 
 def test_dialogues_of_nothing_but_prompts(tokenizer, model):

@@ -251,7 +251,7 @@ def foreign(region: Region, rng: random.Random, split: str) -> str:
 def openings(world: World, rng: random.Random, n: int = 5) -> list[dict[str, str]]:
     """A dialogue of n requests for the beginning of a story: the sentence that introduces its hero.
 
-    In a whole story, few words show whether the request was followed; here they are one in four.
+    In a whole story, few words show whether the request was followed; here it is two in a dozen.
     """
     messages = []
     for _ in range(n):
