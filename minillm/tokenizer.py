@@ -178,8 +178,7 @@ class Codec:
     """Text to ids and back: byte-level BPE within pre-tokens, with the semantics of tiktoken.
 
     vocab {id: bytes}; merges [(bytes, bytes)] in order of priority; special_tokens (str, ...),
-    appended to `vocab` if they are missing from it. Raises ValueError if these contradict each
-    other.
+    appended to `vocab` where missing. Raises ValueError if these contradict each other.
     """
     def __init__(self, vocab: dict[int, bytes], merges: Iterable[tuple[bytes, bytes]],
                  special_tokens: Collection[str] = (), pattern: str = PATTERN):
@@ -252,8 +251,7 @@ class Tokenizer(Codec):
               special_tokens: Collection[str] = ("<|endoftext|>",), pattern: str = PATTERN) -> Self:
         """Learns a vocabulary of `vocab_size`: the 256 bytes, then merges, then the special tokens.
 
-        Raises ValueError if the corpus is empty or has too few pairs for that many merges, or if
-        vocab_size is too small for the bytes and special tokens.
+        Raises ValueError if the corpus is empty or has too few pairs, or vocab_size is too small.
         """
         special = check_special(special_tokens)
         n_merges = index(vocab_size) - 256 - len(special)
