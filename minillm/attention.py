@@ -16,7 +16,7 @@ from .rope import apply_rope
 
 # %% ../notebooks/02_attention.ipynb #6eaaaa04
 def causal_mask(t: int, s: int, device: torch.device | str | None = None) -> Tensor:
-    """What the last t of s positions may look at: bool (t, s).
+    """The positions that the last t of s positions may look at: bool (t, s), True = may look.
 
     Row i is True for positions 0 to s - t + i. Raises ValueError unless 1 <= t <= s.
     """
@@ -28,8 +28,8 @@ def causal_mask(t: int, s: int, device: torch.device | str | None = None) -> Ten
 def padded_mask(padding: Tensor, t: int, s: int) -> Tensor:
     """causal_mask(t, s) for rows that begin with padding: bool (b, 1, t, s), for all heads.
 
-    padding: int64 (b,), how many of the s positions of each row are padding. Only a position of
-    padding itself may look at it.
+    padding: int64 (b,), how many of the s positions of each row are padding. A position
+    of padding is visible only to itself.
     """
     position = torch.arange(s, device=padding.device)
     real = position >= padding[:, None, None, None]                        # (b, 1, 1, s)
@@ -42,7 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Te
 
     The result is (b, h, t, k). g divides h: query heads i h/g to (i + 1) h/g - 1 share key-value
     head i (Ainslie et al. 2023). padding, int64 (b,): how many positions at the left of each row
-    are hidden from all others.
+    are padding and hidden from all others.
     Raises ValueError if g does not divide h, or there are more queries than keys.
     """
     b, h, t, width = q.shape
@@ -65,7 +65,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Te
     sdpa = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal)
     if q.device.type != "cpu":
         return sdpa(q, k, v).reshape(b, h, t, width)
-    # on a CPU, attention in bfloat16 is slower, and its backward pass several times slower
+    # on a CPU, compute in float32 whatever comes in (section 02.15 compares the two)
     with torch.autocast("cpu", enabled=False):
         return sdpa(q.float(), k.float(), v.float()).to(q.dtype).reshape(b, h, t, width)
 
@@ -73,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Te
 def check_heads(dim: int, n_heads: int, n_kv_heads: int) -> None:
     """Raises ValueError unless n_heads divides dim evenly, and n_kv_heads divides n_heads.
 
-    The width of a head has to be even, because rotary positions turn pairs of numbers.
+    The width of a head must be even, because rotary positions rotate pairs of numbers.
     """
     if n_heads < 1 or dim < 1 or dim % n_heads or dim // n_heads % 2:
         raise ValueError("dim must be a multiple of n_heads, with an even width for each head: "
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
     With n_kv_heads < n_heads, groups of n_heads / n_kv_heads query heads share a key and a value
     head (GQA, Ainslie et al. 2023); 1 is multi-query attention (Shazeer 2019). Source of the layer:
-    Touvron et al. 2023. Raises ValueError for numbers of heads that do not fit (check_heads).
+    Touvron et al. 2023. Raises ValueError for numbers of heads that do not fit; see check_heads.
     """
 
     def __init__(self, dim: int, n_heads: int, n_kv_heads: int | None = None):
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         """x (b, t, d) -> (b, t, d); cos, sin (t, k/2): the angles of the positions of x.
 
         A cache is any object whose append(k, v) returns the keys and values (b, g, s, k) of all s
-        positions so far; if it has an attribute padding, that goes to attend.
+        positions so far. If it has an attribute padding, attend receives it.
         Raises ValueError if x has another shape, or cos and sin fewer rows than x.
         """
         if x.ndim != 3 or x.shape[-1] != self.dim:

@@ -36,7 +36,7 @@ def merge_word(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 # %% ../notebooks/01_tokenizer.ipynb #181ce98f
 def order_key(token: bytes) -> str:
-    """A str that sorts the other way round than `token`: a greater token has a smaller key."""
+    """A str that sorts in the reverse order of `token`: the greater token has the smaller key."""
     return token.translate(bytes(range(255, -1, -1))).decode("latin-1") + "\u0100"
 
 # %% ../notebooks/01_tokenizer.ipynb #181ce990
@@ -44,17 +44,18 @@ def train_merges(pieces: dict[str, int], n_merges: int) -> list[tuple[bytes, byt
     """The first `n_merges` merges for `pieces` {pre-token: count}; fewer if no pair is left.
 
     Byte-pair encoding (Sennrich, Haddow and Birch 2016, section 3.2): the most frequent pair is
-    merged first; of equally frequent pairs, the greater one in the order of byte strings.
+    merged first. Among equally frequent pairs, the greater one in the order of byte strings wins.
     """
     words, times = [list(piece.encode()) for piece in pieces], list(pieces.values())
     counts, where = count_pairs(words, times)
     tokens, merges = [bytes([i]) for i in range(256)], []
     keys = [order_key(token) for token in tokens]
+    # invariant: each pair that occurs has an entry whose count is at least its current count
     heap = [(-n, keys[a], keys[b], a, b) for (a, b), n in counts.items()]
     heapq.heapify(heap)
     while heap and len(merges) < n_merges:
         n, _, _, a, b = heapq.heappop(heap)
-        if counts[a, b] != -n:            # an old entry: the count has fallen since it was pushed
+        if counts[a, b] != -n:            # an old entry: the count has fallen since then
             heapq.heappush(heap, (-counts[a, b], keys[a], keys[b], a, b))
             continue
         if n == 0:                        # even the best pair is gone: each word is one token
@@ -80,7 +81,7 @@ def train_merges(pieces: dict[str, int], n_merges: int) -> list[tuple[bytes, byt
 def bpe(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
     """The ids of one pre-token; `ranks` is {token: id}.
 
-    Of all adjacent parts that form a token, the two with the lowest id are joined first.
+    Of all adjacent parts that together form a token, those with the lowest id are joined first.
     """
     if piece in ranks:
         return [ranks[piece]]
@@ -110,7 +111,7 @@ def bpe(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
 
 # %% ../notebooks/01_tokenizer.ipynb #b89c6b06
 class PieceCache(dict):
-    """Pre-token -> ids, worked out when first asked for; emptied when it holds `limit` of them."""
+    """Pre-token -> ids, computed at the first look-up; emptied when it holds `limit` entries."""
     def __init__(self, ranks: dict[bytes, int], limit: int = 2**18):
         super().__init__()
         self.ranks, self.limit = ranks, limit

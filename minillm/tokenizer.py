@@ -76,7 +76,7 @@ def check_special(special_tokens: Collection[str]) -> list[str]:
 
 # %% ../notebooks/01_tokenizer.ipynb #4e352d20
 def split_special(text: str, special: Collection[str]) -> list[str]:
-    """Cuts `text` around each occurrence of a token of `special`; the tokens stay in the list."""
+    """Cuts `text` around each occurrence of a token of `special`, which stays in the list."""
     if not special:
         return [text]
     any_of_them = "|".join(map(regex.escape, special))
@@ -85,9 +85,9 @@ def split_special(text: str, special: Collection[str]) -> list[str]:
 # %% ../notebooks/01_tokenizer.ipynb #4e352d21
 def count_pieces(texts: str | Iterable[str], special: Collection[str] = (),
                  pattern: str = PATTERN) -> Counter[str]:
-    """How often each pre-token occurs in `texts`: one str, or an iterable of documents.
+    """How often each pre-token occurs in `texts`, which is one str or an iterable of documents.
 
-    Special tokens are left out. Raises ValueError if nothing remains.
+    Special tokens are not counted. Raises ValueError if nothing else is left.
     """
     counts = Counter()
     for i, text in enumerate([texts] if isinstance(texts, str) else texts):
@@ -102,9 +102,9 @@ def count_pieces(texts: str | Iterable[str], special: Collection[str] = (),
 
 # %% ../notebooks/01_tokenizer.ipynb #9a9fc2e0
 def merged_tokens(merges: list[tuple[bytes, bytes]]) -> dict[bytes, None]:
-    """The 256 bytes, then the token that each merge makes: the keys of a dict, in this order.
+    """The 256 bytes, then the token that each merge makes, as keys of a dict, in this order.
 
-    Raises ValueError if a merge needs a token that is not there yet, or makes one that is.
+    Raises ValueError if a merge needs a token that does not exist yet, or makes one that does.
     """
     known = dict.fromkeys(bytes([i]) for i in range(256))
     for a, b in merges:
@@ -116,7 +116,7 @@ def merged_tokens(merges: list[tuple[bytes, bytes]]) -> dict[bytes, None]:
 
 
 def check_ranks(ranks: dict[bytes, int], known: Iterable[bytes]) -> None:
-    """Raises ValueError unless `ranks` has all tokens of `known`, the merged ones in this order."""
+    """Raises ValueError unless `ranks` has all of `known`, with the merged tokens in this order."""
     if missing := [token for token in known if token not in ranks]:
         raise ValueError(f"the vocabulary lacks {len(missing)} of the bytes and merges, "
                          f"for example {missing[0]!r}")
@@ -130,8 +130,8 @@ def index_vocab(vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]],
                 special_tokens: Collection[str]) -> tuple[dict[bytes, int], dict[str, int]]:
     """Two maps from tokens to ids: {bytes: id} of the ordinary and {str: id} of the special ones.
 
-    Special tokens that `vocab` lacks get the ids after its last. Raises ValueError for gaps,
-    duplicates, and tokens that are neither ordinary nor special.
+    Special tokens that are missing from `vocab` get the ids after its last. Raises ValueError for
+    gaps, duplicates, and tokens that are neither ordinary nor special.
     """
     if sorted(vocab) != list(range(len(vocab))):
         raise ValueError(f"the ids of a vocabulary of {len(vocab)} must be 0 to {len(vocab) - 1}, "
@@ -160,9 +160,9 @@ def index_vocab(vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]],
 def allowed_tokens(text: str, special_tokens: Iterable[str],
                    allowed_special: str | Collection[str],
                    disallowed_special: str | Collection[str]) -> set[str]:
-    """Those of the special tokens that are to become one id in `text`.
+    """The special tokens that are encoded as one id where they occur in `text`.
 
-    Raises ValueError if the text contains one that is refused.
+    Raises ValueError if the text contains one that is not allowed.
     """
     known = set(special_tokens)
     allowed = known if allowed_special == "all" else known & set(allowed_special)
@@ -178,7 +178,7 @@ class Codec:
     """Text to ids and back: byte-level BPE within pre-tokens, with the semantics of tiktoken.
 
     vocab {id: bytes}; merges [(bytes, bytes)] in order of priority; special_tokens (str, ...),
-    appended to `vocab` if it lacks them. Raises ValueError if they do not fit together.
+    appended to `vocab` where missing. Raises ValueError if these contradict each other.
     """
     def __init__(self, vocab: dict[int, bytes], merges: Iterable[tuple[bytes, bytes]],
                  special_tokens: Collection[str] = (), pattern: str = PATTERN):
@@ -191,7 +191,7 @@ class Codec:
                disallowed_special: str | Collection[str] = "all") -> list[int]:
         """The ids of `text`, with one id for each special token in `allowed_special` (or "all").
 
-        Any other raises ValueError, unless `disallowed_special=()` reads it as ordinary text.
+        Any other raises ValueError; with `disallowed_special=()` it is read as ordinary text.
         """
         check_text(text)
         allowed = allowed_tokens(text, self.special_tokens, allowed_special, disallowed_special)
@@ -226,15 +226,15 @@ def checksum(data: object) -> str:
 
 
 def write_json(path: str | Path, data: object) -> None:
-    """Writes `data` and its checksum to the file `path`, which is replaced whole or not at all."""
+    """Writes `data` and its checksum to the file `path`, replacing it whole or not at all."""
     with replacing(path) as file:
         file.write(json.dumps({"sha256": checksum(data), "data": data}, indent=0).encode())
 
 
 def parse_file(content: dict) -> tuple:
-    """The four arguments of `Tokenizer` from the JSON value of a saved file.
+    """The four arguments of `Tokenizer`, from the JSON value of a saved file.
 
-    Raises various errors if it is not one.
+    Raises an error of one of several types if the value has another form; see load.
     """
     data = content["data"]
     if content["sha256"] != checksum(data):
@@ -245,13 +245,13 @@ def parse_file(content: dict) -> tuple:
 
 # %% ../notebooks/01_tokenizer.ipynb #1337a8ba
 class Tokenizer(Codec):
-    """A `Codec` that can be trained, saved and loaded, and handed over to tiktoken."""
+    """A `Codec` that can be trained, saved, loaded and converted to tiktoken."""
     @classmethod
     def train(cls, text_or_iterable: str | Iterable[str], vocab_size: int,
               special_tokens: Collection[str] = ("<|endoftext|>",), pattern: str = PATTERN) -> Self:
         """Learns a vocabulary of `vocab_size`: the 256 bytes, then merges, then the special tokens.
 
-        Raises ValueError for an empty corpus, too few pairs for that many merges, or no room.
+        Raises ValueError if the corpus is empty or has too few pairs, or vocab_size is too small.
         """
         special = check_special(special_tokens)
         n_merges = index(vocab_size) - 256 - len(special)
@@ -268,7 +268,7 @@ class Tokenizer(Codec):
         return cls(dict(enumerate(tokens)), merges, special, pattern)
 
     def save(self, path: str | Path) -> None:
-        """Writes a JSON file with a checksum; an older file is replaced whole or not at all."""
+        """Writes a JSON file with a checksum. An older file is replaced whole or not at all."""
         tokens = [self.vocab[i].decode("latin-1") for i in range(self.n_vocab)]
         merges = [[a.decode("latin-1"), b.decode("latin-1")] for a, b in self.merges]
         write_json(path, {"vocab": tokens, "merges": merges,
@@ -276,7 +276,7 @@ class Tokenizer(Codec):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads what `save` wrote. Raises ValueError naming the file if it is damaged."""
+        """Reads what `save` wrote. Raises ValueError, naming the file, if it is damaged."""
         try:
             return cls(*parse_file(json.loads(Path(path).read_text(encoding="utf-8"))))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
