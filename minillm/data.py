@@ -25,12 +25,12 @@ from torch.nn.utils.rnn import pad_sequence
 from .storage.files import replacing
 from .tokenizer import Tokenizer
 
-ENDOFTEXT = "<|endoftext|>"     # stands before the first document and after each
-IGNORE = -100       # the target of a position that does not count, torch's default ignore_index
+ENDOFTEXT = "<|endoftext|>"     # before the first document and after every one
+IGNORE = -100       # target of positions that do not count: torch's default ignore_index
 
 # %% ../notebooks/06_data.ipynb #cd6555f2
 def encode_document(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of `text` between two <|endoftext|>. A <|endoftext|> within the text is ordinary text."""
+    """Ids of `text` between two <|endoftext|>. That mark within `text` is ordinary text."""
     if ENDOFTEXT not in tokenizer.special_tokens:
         raise ValueError(f"the tokenizer lacks the special token {ENDOFTEXT}: train it with that")
     end = tokenizer.special_tokens[ENDOFTEXT]
@@ -38,20 +38,20 @@ def encode_document(text: str, tokenizer: Tokenizer) -> list[int]:
 
 # %% ../notebooks/06_data.ipynb #1fa3d4bd
 def clean(text: str) -> str:
-    """`text` in form NFC, with line ends \\n and at most one empty line in a row.
+    """`text` in form NFC, with \\n as the only line ending and no two empty lines in a row.
 
-    Control characters, zero-width spaces and spaces at line ends are taken out.
+    Control characters, zero-width spaces, and spaces at the end of a line are removed.
     """
     text = unicodedata.normalize("NFC", text)
-    text = re.sub("\r\n?|[\x85\u2028\u2029]", "\n", text)                      # every line end
-    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff]", "", text)       # what one cannot see
-    text = re.sub(r"[^\S\n]+\n", "\n", text)                                   # spaces at line ends
+    text = re.sub("\r\n?|[\x85\u2028\u2029]", "\n", text)                      # all line endings
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff]", "", text)       # control characters
+    text = re.sub(r"[^\S\n]+\n", "\n", text)                                   # trailing spaces
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 # %% ../notebooks/06_data.ipynb #3d5a9afc
 def duplicates(texts: Iterable[str]) -> dict[int, int]:
-    """{i: j}: text i says the same as the earlier text j, but for case and white space."""
-    first, found = {}, {}                     # first: the text that had this digest first
+    """{i: j}: text i equals the earlier text j, except for case and white space."""
+    first, found = {}, {}                     # first: {digest: index of its first text}
     for i, text in enumerate(texts):
         words = " ".join(text.casefold().split())
         j = first.setdefault(hashlib.sha256(words.encode()).digest(), i)
@@ -63,7 +63,7 @@ def duplicates(texts: Iterable[str]) -> dict[int, int]:
 def shingles(text: str, n: int = 5) -> set[int]:
     """The runs of `n` words (Chinese: characters) in `text`, as a set of 32-bit hashes.
 
-    Case and punctuation do not count. A text of fewer words is one run.
+    Case and punctuation do not count. A text of fewer than `n` words is one run.
     """
     words = re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+", text.casefold())
     starts = range(max(1, len(words) - n + 1))
@@ -72,17 +72,17 @@ def shingles(text: str, n: int = 5) -> set[int]:
 # %% ../notebooks/06_data.ipynb #3ed69055
 def near_duplicates(texts: Iterable[str], threshold: float = 0.7, bands: int = 32,
                     rows: int = 4) -> dict[int, int]:
-    """{i: j}: texts i and j < i share about `threshold` or more of their shingles.
+    """{i: j}: the Jaccard similarity of text i and the earlier text j is about >= `threshold`.
 
-    What they share is estimated by MinHash (Broder 1997) with bands * rows hash functions; only
-    texts that agree in all rows of a band are compared.
+    It is estimated by MinHash (Broder 1997) with bands * rows hash functions, and only between
+    texts that agree in all rows of at least one band.
     """
     # Hash function k: the upper half of a[k] * x + b[k] modulo 2**64, with a[k] odd.
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 2**64, (2, bands * rows, 1), dtype=np.uint64)
     a = a | 1
-    signatures = []                       # of each text: its smallest hash by each function
-    buckets = defaultdict(list)           # a band and what stands in it: the texts that have that
+    signatures = []                       # per text: its smallest hash by each function
+    buckets = defaultdict(list)           # {(band, its content): texts with that content}
     found = {}
     for i, text in enumerate(texts):
         x = np.array(list(shingles(text)), dtype=np.uint64)
@@ -103,7 +103,7 @@ def near_duplicates(texts: Iterable[str], threshold: float = 0.7, bands: int = 3
 
 # %% ../notebooks/06_data.ipynb #29541ab6
 def quality(text: str) -> list[str]:
-    """What speaks against `text`: the rules that it breaks.
+    """The quality rules that `text` breaks, each as a line of text.
 
     After Gopher (Rae et al. 2021, A.1) and C4 (Raffel et al. 2020).
     """
@@ -114,7 +114,7 @@ def quality(text: str) -> list[str]:
     with_letter = [word for word in words if any(map(str.isalpha, word))]
     common = {"the", "be", "to", "of", "and", "that", "have", "with"} & set(text.lower().split())
     marks = text.count("#") + text.count("...") + text.count("…")
-    measures = {                                               # value, least, most
+    measures = {                                               # value, minimum, maximum
         "words": (len(words), 50, 100_000),
         "letters per word": (sum(map(len, words)) / len(words), 3, 10),
         "share of words with a letter": (len(with_letter) / len(words), 0.8, 1),
@@ -130,8 +130,8 @@ def split_documents(documents: Iterable[tuple[str, str]],
                     share: float = 0.1) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Two lists of (name, text): for training, and held out.
 
-    Of each name the last `share` (by characters) is held out, in whole documents, unless one is
-    itself longer than the share: that is cut at the end of a line, or of a word.
+    For each name, the last `share` of the characters is held out, in whole documents. Only a
+    document that is itself longer than the share is cut, at the end of a line or of a word.
     """
     train, heldout = [], []
     for name, group in groupby(documents, key=lambda document: document[0]):
@@ -162,12 +162,12 @@ def overlap(text: str, seen: set[int], n: int = 8) -> float:
 
 # %% ../notebooks/06_data.ipynb #892cf258
 class Rows:
-    """Batches of whole documents, one per row, padded at the right with targets of IGNORE.
+    """Batches of whole documents, one per row, padded on the right with targets of IGNORE.
 
     documents: lists of token ids, each with its own start and end token.
     rows[i] -> inputs, targets, int64 (b, t): batch i of an endless sequence that goes through all
-    documents in another order each epoch. It depends on the seed and i only, so i is all one has
-    to know to resume. Documents of similar length share a batch, so there is little padding.
+    documents in a new order in each epoch. It depends only on the seed and i, so i is all that is
+    needed to resume. Documents of similar length share a batch, so there is little padding.
     """
 
     def __init__(self, documents: Sequence[list[int]], batch_size: int, seed: int = 0) -> None:
@@ -178,7 +178,7 @@ class Rows:
                              "it takes 2 to have a target")
         self.documents = [torch.as_tensor(document) for document in documents]
         self.batch_size, self.seed = batch_size, seed
-        self.epoch, self.batches = None, []         # the latest plan, kept for the next batch
+        self.epoch, self.batches = None, []         # the latest plan, reused for the next batch
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch, each as the indices of its documents."""
@@ -208,7 +208,7 @@ class Rows:
 class Windows:
     """Batches of random windows of one long array of token ids (a memmap if memory is too small).
 
-    windows[i] -> inputs, targets, int64 (batch_size, length); depends on the seed and i only.
+    windows[i] -> inputs, targets, int64 (batch_size, length); depends only on the seed and i.
     """
 
     def __init__(self, ids: np.ndarray, batch_size: int, length: int, seed: int = 0) -> None:
@@ -226,9 +226,9 @@ class Windows:
 
 # %% ../notebooks/06_data.ipynb #6d06bfa2
 def check_batch(inputs: Tensor, targets: Tensor, vocab_size: int) -> None:
-    """Raises TypeError or ValueError unless one can train on this batch.
+    """Raises TypeError or ValueError unless a model can train on this batch.
 
-    Both must be int64 (b, t) with ids below `vocab_size`, and some target must count.
+    Both must be int64 (b, t) with ids below `vocab_size`, and at least one target must count.
     """
     for name, ids, low in ("inputs", inputs, 0), ("targets", targets, IGNORE):
         if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64:
@@ -249,7 +249,7 @@ def check_batch(inputs: Tensor, targets: Tensor, vocab_size: int) -> None:
         raise ValueError(f"every target is {IGNORE}, so the loss would be 0 / 0")
 
 # %% ../notebooks/06_data.ipynb #b8a55f02
-HEADER = 256        # bytes before the ids: JSON that says what they are
+HEADER = 256        # bytes before the ids: JSON that describes them
 
 
 def fingerprint(tokenizer: Tokenizer) -> int:
@@ -260,7 +260,7 @@ def fingerprint(tokenizer: Tokenizer) -> int:
 def write_tokens(path: str | Path, documents: Iterable[str], tokenizer: Tokenizer) -> int:
     """Encodes `documents`, one by one, into a file for `read_tokens`; returns the number of tokens.
 
-    The file appears under its name when it is whole. An id takes two bytes (uint16), or four
+    The file gets its name only when it is complete. An id takes two bytes (uint16), or four
     (uint32) if the vocabulary has 65,536 tokens or more.
     """
     dtype = "<u2" if tokenizer.n_vocab < 2**16 else "<u4"
@@ -287,8 +287,8 @@ def write_tokens(path: str | Path, documents: Iterable[str], tokenizer: Tokenize
 def read_tokens(path: str | Path, tokenizer: Tokenizer | None = None) -> np.memmap:
     """The ids in a file of `write_tokens` as an array that stays on disk (memmap).
 
-    Raises ValueError if the file is damaged or of another kind, or was written with another
-    tokenizer than `tokenizer`.
+    Raises ValueError if the file is damaged or of another kind, or if it was written with a
+    tokenizer other than `tokenizer`.
     """
     try:
         with open(path, "rb") as file:

@@ -71,7 +71,7 @@ class SwiGLU(nn.Module):
 
 # %% ../notebooks/04_feedforward.ipynb #5d14da48
 def hidden_width(dim: int, multiple_of: int = 256) -> int:
-    """The hidden width of LLaMA: 2/3 of 4 dim, cut to an integer, then rounded up to a multiple.
+    """The hidden width of LLaMA: 2/3 of 4 dim, truncated, then rounded up to a multiple.
 
     See Touvron et al. (2023), section 2.2. Raises ValueError if dim or multiple_of is less than 1.
     """
