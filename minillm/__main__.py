@@ -6,6 +6,11 @@ import zlib
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from minillm.serving import terminal
+
+if __name__ == "__main__":
+    terminal.starting()
+
 import torch
 
 from minillm.arc import ranges, scorecard, sizes, stages
@@ -67,8 +72,10 @@ def answer(stage: Stage, messages: list[dict[str, str]], seed: int = 0) -> str:
 def chat(prompt: str | None) -> None:
     """Talk with the newest stage, or answer one prompt. Stages that are missing are built first;
     their progress goes to stderr."""
-    if prompt is not None and not prompt.strip():
-        raise ValueError("the prompt is empty")
+    if prompt is not None:
+        terminal.check_argument(prompt, "the prompt")
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
     with redirect_stdout(sys.stderr):
         stage = stages.dpo()
     if prompt is not None:
@@ -79,7 +86,7 @@ def chat(prompt: str | None) -> None:
     print('Try "Tell a story about a shy alpaca and a kite.", then "Who has the kite?" '
           "An empty line ends the talk.")
     messages = []
-    while line := ask().strip():
+    while line := terminal.ask().strip():
         messages.append({"role": "user", "content": line})
         try:
             reply = answer(stage, messages, seed=len(messages)) or "..."
@@ -88,15 +95,6 @@ def chat(prompt: str | None) -> None:
             messages = []
         else:
             messages.append({"role": "assistant", "content": reply})
-
-
-def ask() -> str:
-    """A line from the terminal; at the end of the input, an empty one."""
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return ""
 
 
 def export(folder: str, gguf: str | None = None) -> None:
@@ -168,10 +166,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 2 for an error, 130 after Ctrl-C."""
-    options = parse(arguments)
+    terminal.ready()
     try:
+        options = parse(arguments)
         sizes.chosen()           # an unknown size is refused before any work
-        with joined():
+        with terminal.gone_readers(), joined():
             if options.what == "chat":
                 chat(options.prompt)
             elif options.what == "export":

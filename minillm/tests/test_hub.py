@@ -89,8 +89,8 @@ def test_a_folder_comes_back_and_opens_in_transformers(config, tokenizer, tmp_pa
     assert back.lm_head.weight.requires_grad and not any(p.is_meta for p in back.parameters())
     assert (back.lm_head.weight is back.model.embed_tokens.weight) == config.tie_embeddings
     assert sorted(os.listdir(tmp_path / "m")) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json"]
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json"]
 
 
 @torch.no_grad()
