@@ -72,7 +72,9 @@ def answer(stage: Stage, messages: list[dict[str, str]], seed: int = 0) -> str:
 def chat(prompt: str | None) -> None:
     """Talk with the newest stage, or answer one prompt. Stages that are missing are built first;
     their progress goes to stderr."""
-    if prompt is not None:
+    if prompt is None:
+        terminal.check_input()
+    else:
         terminal.check_argument(prompt, "the prompt")
         if not prompt.strip():
             raise ValueError("the prompt is empty")

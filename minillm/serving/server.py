@@ -93,6 +93,8 @@ FIELDS = {
 # are none.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
            "prompt_cache_retention", "tool_choice", "function_call", "parallel_tool_calls")
+# of a message; several clients always send the name of the user
+IGNORED_IN_MESSAGES = ("name",)
 SILENCE = "..."    # stands for an empty answer in the dialogue that follows
 
 
@@ -197,7 +199,8 @@ def read_message(message: Any, place: str) -> Any:
     if not isinstance(message, dict):
         return message
     for key, value in message.items():
-        if key not in ("role", "content") and value not in (None, [], ""):
+        known = key in ("role", "content", *IGNORED_IN_MESSAGES)
+        if not known and value not in (None, [], ""):
             raise ValueError(f"{place} has {key[:40]!r}, which has no effect here: leave it out")
     content = message.get("content")
     if isinstance(content, list) and all(is_text_part(part) for part in content):

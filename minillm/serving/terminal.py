@@ -44,10 +44,16 @@ def gone_readers() -> Iterator[None]:
         sys.exit(141)
 
 
+def check_input() -> None:
+    """Raises ValueError if there is no standard input: in a service, under cron, after <&-."""
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError("there is no standard input to read from: ask one question with --prompt")
+
+
 def ask(prompt: str = "> ") -> str:
     """A line from the terminal; at the end of the input, an empty one.
 
-    Raises ValueError if there is no input, or if it is no text.
+    Raises ValueError if it is no text.
     """
     try:
         return input(prompt)
@@ -56,9 +62,6 @@ def ask(prompt: str = "> ") -> str:
         return ""
     except UnicodeDecodeError as error:
         raise ValueError(f"the input is not {error.encoding}: set your terminal to UTF-8") from None
-    except (RuntimeError, ValueError):            # sys.stdin is None, or closed
-        raise ValueError("there is no standard input to read from: ask one question with "
-                         "--prompt") from None
 
 
 def check_argument(text: str, name: str) -> None:
