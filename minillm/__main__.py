@@ -18,12 +18,21 @@ from minillm.arc.cache import Stage
 from minillm.data import ENDOFTEXT
 from minillm.fast_decode import FastDecoder
 from minillm.generate import stream
-from minillm.hub import save_gguf, save_pretrained
+from minillm.hub import model_card, save_gguf, save_pretrained
 from minillm.parallel import joined
 from minillm.serving import server
 from minillm.sft import answer_room, encode_prompt
 
 ANSWER = 400      # tokens that an answer may have: a story and some more
+ABOUT = """# The model of the minillm course
+
+It tells short stories about animals and answers questions about them, in turns marked with
+`<|user|>` and `<|assistant|>` (see chat_template.jinja). A program wrote the stories and dialogues
+that it was trained on, so they hold no text and no data of people; the training is described in
+the chapters of the course.
+
+Not for use outside of teaching: it knows nothing but its story world, answers wrongly at times, and
+was not made safe in any way."""
 
 
 def arc() -> None:
@@ -110,7 +119,8 @@ def export(folder: str, gguf: str | None = None) -> None:
             raise ValueError(f"{path} is a file: name a folder")
     with redirect_stdout(sys.stderr):
         stage = stages.dpo()
-    save_pretrained(stage.model, stage.tokenizer, folder)
+    card = model_card(stage.model, ABOUT, "apache-2.0")
+    save_pretrained(stage.model, stage.tokenizer, folder, card)
     print(f"{folder}: open it with transformers' AutoModelForCausalLM and AutoTokenizer, "
           "or minillm.hub.from_pretrained")
     if gguf:

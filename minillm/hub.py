@@ -3,9 +3,10 @@
 
 # %% auto #0
 __all__ = ['LAYER', 'CHAT_TEMPLATE', 'tensor_shapes', 'check_tensors', 'file_state',
-           'ScaledConfig', 'config_json', 'chat_template', 'tokenizer_config', 'check_fit',
-           'folder_json', 'save_pretrained', 'llama3_factors', 'scaled_rope', 'ScaledLlama',
-           'locate', 'read_tensors', 'read_config', 'load_model', 'from_pretrained', 'save_gguf']
+           'ScaledConfig', 'config_json', 'chat_template', 'tokenizer_config', 'model_card',
+           'check_fit', 'folder_json', 'save_pretrained', 'llama3_factors', 'scaled_rope',
+           'ScaledLlama', 'locate', 'read_tensors', 'read_config', 'load_model', 'from_pretrained',
+           'save_gguf']
 
 # %% ../notebooks/19_ship.ipynb #2b8c4e83
 import json
@@ -22,10 +23,10 @@ from .storage.files import replacing
 from .storage import foreign
 from .storage.model_folder import (check_unmixed, load_tokenizer, read_shape,
                                           tensor_files)
-from .gguf import write_gguf                    # sections 19.10 to 19.14 build it
-from .tokenizer_json import tokenizer_json      # section 19.4
+from .gguf import write_gguf                    # sections 19.10 to 19.13 build it
+from .tokenizer_json import tokenizer_json      # section 19.3
 from .llamacpp import gguf_tensors, model_metadata, tokenizer_metadata    # section 19.11
-from .model import Llama, LlamaConfig
+from .model import Llama, LlamaConfig, count_parameters
 from .rope import rope_cache, rope_frequencies
 from .sft import ASSISTANT, USER
 from .tokenizer import Tokenizer
@@ -147,6 +148,26 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict:
     if ENDOFTEXT in tokenizer.special_tokens:
         config |= {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT}
     return config
+
+# %% ../notebooks/19_ship.ipynb #b7d2f5a1
+def model_card(model: Llama, about: str, license: str) -> str:
+    """README.md of a model folder (Mitchell et al. 2019), with a header for the Hugging Face hub.
+
+    about: what the model is, what it was trained on, and what it is not for, in Markdown. license:
+    its identifier, such as apache-2.0.
+    """
+    c = model.config
+    header = f"license: {license}\nlibrary_name: transformers\npipeline_tag: text-generation"
+    return f"""---
+{header}
+---
+{about}
+
+- Architecture: LLaMA, {c.n_layers} layers, {c.dim} wide, {c.n_heads} query heads and
+  {c.n_kv_heads} key-value heads, a vocabulary of {c.vocab_size:,}
+- Parameters: {count_parameters(c):,}
+- Context: {c.max_seq_len:,} tokens
+"""
 
 # %% ../notebooks/19_ship.ipynb #c5fb21b6
 def check_fit(model: Llama, tokenizer: Tokenizer, where: str | Path) -> None:

@@ -95,8 +95,8 @@ NAMES = {
 def gguf_name(name: str) -> str:
     """The name of a tensor in llama.cpp.
 
-    >>> gguf_name("model.layers.3.self_attn.q_proj.weight")
-    'blk.3.attn_q.weight'
+    >>> gguf_name("model.layers.1.self_attn.q_proj.weight")
+    'blk.1.attn_q.weight'
     """
     parts = name.removeprefix("model.").removesuffix(".weight").split(".")
     if parts[0] == "layers":

@@ -217,7 +217,7 @@ def check_kind(data: dict) -> None:
         raise ValueError("its model is BPE with byte_fallback (sentencepiece, as LLaMA 1 and 2), "
                          "not byte-level BPE")
     # Nothing is ever unknown where each byte is a token; where all tokens are made by merges, to
-    # ignore these for a whole token changes nothing (section 19.4).
+    # ignore these for a whole token changes nothing (section 19.3).
     harmless = "unk_token", "fuse_unk", "ignore_merges"
     known = "type", "vocab", "merges", "byte_fallback"
     check_keys(model, known, NO_BPE_OPTIONS, harmless, "its model")
