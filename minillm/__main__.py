@@ -6,6 +6,11 @@ import zlib
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from minillm.serving import terminal
+
+if __name__ == "__main__":
+    terminal.starting()
+
 import torch
 
 from minillm.arc import ranges, scorecard, sizes, stages
@@ -13,12 +18,21 @@ from minillm.arc.cache import Stage
 from minillm.data import ENDOFTEXT
 from minillm.fast_decode import FastDecoder
 from minillm.generate import stream
-from minillm.hub import save_gguf, save_pretrained
+from minillm.hub import model_card, save_gguf, save_pretrained
 from minillm.parallel import joined
 from minillm.serving import server
 from minillm.sft import answer_room, encode_prompt
 
 ANSWER = 400      # tokens that an answer may have: a story and some more
+ABOUT = """# The model of the minillm course
+
+It tells short stories about animals and answers questions about them, in turns marked with
+`<|user|>` and `<|assistant|>` (see chat_template.jinja). A program wrote the stories and dialogues
+that it was trained on, so they hold no text and no data of people; the training is described in
+the chapters of the course.
+
+Not for use outside of teaching: it knows nothing but its story world, answers wrongly at times, and
+was not made safe in any way."""
 
 
 def arc() -> None:
@@ -67,8 +81,12 @@ def answer(stage: Stage, messages: list[dict[str, str]], seed: int = 0) -> str:
 def chat(prompt: str | None) -> None:
     """Talk with the newest stage, or answer one prompt. Stages that are missing are built first;
     their progress goes to stderr."""
-    if prompt is not None and not prompt.strip():
-        raise ValueError("the prompt is empty")
+    if prompt is None:
+        terminal.check_input()
+    else:
+        terminal.check_argument(prompt, "the prompt")
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
     with redirect_stdout(sys.stderr):
         stage = stages.dpo()
     if prompt is not None:
@@ -79,7 +97,7 @@ def chat(prompt: str | None) -> None:
     print('Try "Tell a story about a shy alpaca and a kite.", then "Who has the kite?" '
           "An empty line ends the talk.")
     messages = []
-    while line := ask().strip():
+    while line := terminal.ask().strip():
         messages.append({"role": "user", "content": line})
         try:
             reply = answer(stage, messages, seed=len(messages)) or "..."
@@ -88,15 +106,6 @@ def chat(prompt: str | None) -> None:
             messages = []
         else:
             messages.append({"role": "assistant", "content": reply})
-
-
-def ask() -> str:
-    """A line from the terminal; at the end of the input, an empty one."""
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return ""
 
 
 def export(folder: str, gguf: str | None = None) -> None:
@@ -110,7 +119,8 @@ def export(folder: str, gguf: str | None = None) -> None:
             raise ValueError(f"{path} is a file: name a folder")
     with redirect_stdout(sys.stderr):
         stage = stages.dpo()
-    save_pretrained(stage.model, stage.tokenizer, folder)
+    card = model_card(stage.model, ABOUT, "apache-2.0")
+    save_pretrained(stage.model, stage.tokenizer, folder, card)
     print(f"{folder}: open it with transformers' AutoModelForCausalLM and AutoTokenizer, "
           "or minillm.hub.from_pretrained")
     if gguf:
@@ -168,10 +178,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 2 for an error, 130 after Ctrl-C."""
-    options = parse(arguments)
+    terminal.ready()
     try:
+        options = parse(arguments)
         sizes.chosen()           # an unknown size is refused before any work
-        with joined():
+        with terminal.gone_readers(), joined():
             if options.what == "chat":
                 chat(options.prompt)
             elif options.what == "export":

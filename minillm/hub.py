@@ -3,9 +3,10 @@
 
 # %% auto #0
 __all__ = ['LAYER', 'CHAT_TEMPLATE', 'tensor_shapes', 'check_tensors', 'file_state',
-           'ScaledConfig', 'config_json', 'tokenizer_config', 'check_fit', 'folder_json',
-           'save_pretrained', 'llama3_factors', 'scaled_rope', 'ScaledLlama', 'locate',
-           'read_tensors', 'load_model', 'from_pretrained', 'save_gguf']
+           'ScaledConfig', 'config_json', 'chat_template', 'tokenizer_config', 'model_card',
+           'check_fit', 'folder_json', 'save_pretrained', 'llama3_factors', 'scaled_rope',
+           'ScaledLlama', 'locate', 'read_tensors', 'read_config', 'load_model', 'from_pretrained',
+           'save_gguf']
 
 # %% ../notebooks/19_ship.ipynb #2b8c4e83
 import json
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from .data import ENDOFTEXT
 from .storage.files import replacing
-from .storage.model_folder import load_tokenizer, read_header, read_shape, tensor_files
-from .gguf import write_gguf                    # sections 19.10 to 19.14 build it
-from .tokenizer_json import tokenizer_json      # section 19.4
+from .storage import foreign
+from .storage.model_folder import (check_unmixed, load_tokenizer, read_shape,
+                                          tensor_files)
+from .gguf import write_gguf                    # sections 19.10 to 19.13 build it
+from .tokenizer_json import tokenizer_json      # section 19.3
 from .llamacpp import gguf_tensors, model_metadata, tokenizer_metadata    # section 19.11
-from .model import Llama, LlamaConfig
+from .model import Llama, LlamaConfig, count_parameters
 from .rope import rope_cache, rope_frequencies
 from .sft import ASSISTANT, USER
 from .tokenizer import Tokenizer
@@ -125,24 +128,46 @@ def config_json(model: Llama) -> dict:
 CHAT_TEMPLATE = (
     "END{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'USER' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT' + message['content'] + 'END' }}"
+    "{% elif message['role'] == 'assistant' %}ASSISTANT"
+    "{% generation %}{{ message['content'] + 'END' }}{% endgeneration %}"
     "{% else %}{{ raise_exception('the roles are user and assistant') }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT{% endif %}"
 ).replace("END", ENDOFTEXT).replace("USER", USER).replace("ASSISTANT", ASSISTANT)
 
 
-def tokenizer_config(tokenizer: Tokenizer) -> dict:
-    """The content of tokenizer_config.json.
+def chat_template(tokenizer: Tokenizer) -> str | None:
+    """CHAT_TEMPLATE if the tokenizer has the tokens that it writes, else None."""
+    return CHAT_TEMPLATE if {ENDOFTEXT, USER, ASSISTANT} <= set(tokenizer.special_tokens) else None
 
-    The chat template is part of it if the tokenizer has the tokens that it writes.
-    """
-    special = set(tokenizer.special_tokens)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if ENDOFTEXT in special:
+
+def tokenizer_config(tokenizer: Tokenizer) -> dict:
+    """The content of tokenizer_config.json."""
+    # transformers 4 would also give token_type_ids, which its generate() refuses
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+              "model_input_names": ["input_ids", "attention_mask"]}
+    if ENDOFTEXT in tokenizer.special_tokens:
         config |= {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT}
-    if {ENDOFTEXT, USER, ASSISTANT} <= special:
-        config["chat_template"] = CHAT_TEMPLATE
     return config
+
+# %% ../notebooks/19_ship.ipynb #b7d2f5a1
+def model_card(model: Llama, about: str, license: str) -> str:
+    """README.md of a model folder (Mitchell et al. 2019), with a header for the Hugging Face hub.
+
+    about: what the model is, what it was trained on, and what it is not for, in Markdown. license:
+    its identifier, such as apache-2.0.
+    """
+    c = model.config
+    header = f"license: {license}\nlibrary_name: transformers\npipeline_tag: text-generation"
+    return f"""---
+{header}
+---
+{about}
+
+- Architecture: LLaMA, {c.n_layers} layers, {c.dim} wide, {c.n_heads} query heads and
+  {c.n_kv_heads} key-value heads, a vocabulary of {c.vocab_size:,}
+- Parameters: {count_parameters(c):,}
+- Context: {c.max_seq_len:,} tokens
+"""
 
 # %% ../notebooks/19_ship.ipynb #c5fb21b6
 def check_fit(model: Llama, tokenizer: Tokenizer, where: str | Path) -> None:
@@ -166,22 +191,28 @@ def folder_json(model: Llama, tokenizer: Tokenizer | None) -> dict[str, dict]:
     }
 
 # %% ../notebooks/19_ship.ipynb #7be20c91
-def save_pretrained(model: Llama, tokenizer: Tokenizer | None, folder: str | Path) -> None:
+def save_pretrained(model: Llama, tokenizer: Tokenizer | None, folder: str | Path,
+                    card: str | None = None) -> None:
     """Write a Llama and its Tokenizer (or None) to a folder that transformers opens.
 
-    AutoModelForCausalLM and AutoTokenizer open it. Each file is replaced whole or not at all.
-    Raises ValueError if `folder` is a file, if the tokenizer has more tokens than the model, or if
-    the model has tensors that a plain LLaMA does not have (adapters, packed weights).
+    AutoModelForCausalLM and AutoTokenizer open it. card: the text of README.md, see model_card.
+    Each file is replaced whole or not at all. Raises ValueError, before anything is written, if
+    `folder` is a file or holds what may be read together with ours, if the tokenizer has more
+    tokens than the model, or if the model has tensors that a plain LLaMA does not have (adapters,
+    packed weights).
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: name a folder")
     if tokenizer is not None:
         check_fit(model, tokenizer, folder)
-    weights = safetensors.torch.save(file_state(model, folder), {"format": "pt"})
-    files = {"model.safetensors": weights}
+    files = {"model.safetensors": safetensors.torch.save(file_state(model, folder),
+                                                         {"format": "pt"})}
     for name, content in folder_json(model, tokenizer).items():
         files[name] = json.dumps(content, ensure_ascii=False, indent=1).encode()
+    if tokenizer is not None and (template := chat_template(tokenizer)):
+        files["chat_template.jinja"] = template.encode()
+    if card is not None:
+        files["README.md"] = card.encode()
+    check_unmixed(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         with replacing(folder / name) as file:
@@ -232,7 +263,7 @@ def locate(folder: Path, config: LlamaConfig) -> dict[str, Path]:
     """
     shapes, owner = {}, {}
     for path in tensor_files(folder):
-        for name, shape in read_header(path).items():
+        for name, shape in foreign.read_header(path).items():
             if name in owner:
                 raise ValueError(f"{path}: tensor {name} is in {owner[name].name}, too")
             # early files store RoPE's frequencies, too; they follow from config.json
@@ -251,13 +282,9 @@ def read_tensors(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> dict[
     """
     owner, tensors = locate(folder, config), {}
     for path in sorted({*owner.values()}):
-        names = [name for name in owner if owner[name] == path]
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                for name in names:
-                    tensors[name] = file.get_tensor(name).to(dtype, copy=True)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        for name, tensor in foreign.read_tensors(path):
+            if name in owner:
+                tensors[name] = tensor.to(dtype, copy=True)
     embedding = tensors["model.embed_tokens.weight"]
     head = tensors.get("lm_head.weight", embedding)
     if config.tie_embeddings and not torch.equal(head, embedding):
@@ -266,6 +293,15 @@ def read_tensors(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> dict[
     return tensors
 
 # %% ../notebooks/19_ship.ipynb #7d7de00f
+def read_config(path: Path) -> LlamaConfig:
+    """The LlamaConfig, or ScaledConfig, in a config.json. Raises ValueError naming the file."""
+    shape, scaling = read_shape(path)
+    try:
+        return ScaledConfig(**shape, rope_scaling=scaling) if scaling else LlamaConfig(**shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     """The Llama in a folder of Hugging Face's format, ours or published, with its weights in dtype.
 
@@ -276,16 +312,15 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "not there"
         raise ValueError(f"{folder} is {found}: name the folder that holds config.json")
-    shape, scaling = read_shape(folder / "config.json")
-    try:
-        config = ScaledConfig(**shape, rope_scaling=scaling) if scaling else LlamaConfig(**shape)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    tensors = read_tensors(folder, config, dtype)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} holds an adapter (adapter_config.json) beside the model: load "
+                         "it with minillm.lora.load_adapter, from a folder of its own")
+    config = read_config(folder / "config.json")
+    tensors, scaled = read_tensors(folder, config, dtype), isinstance(config, ScaledConfig)
     with torch.device("meta"):                     # no memory, and no time for random weights
-        model = (ScaledLlama if scaling else Llama)(config)
+        model = (ScaledLlama if scaled else Llama)(config)
     model.load_state_dict(tensors, assign=True)
-    model.rope = scaled_rope(config) if scaling else rope_cache(*model.rope_shape)
+    model.rope = scaled_rope(config) if scaled else rope_cache(*model.rope_shape)
     return model
 
 # %% ../notebooks/19_ship.ipynb #a8d3052f
@@ -307,20 +342,21 @@ def save_gguf(model: Llama, tokenizer: Tokenizer, path: str | Path, dtype: str =
     """Write a Llama and its Tokenizer to one GGUF file that llama.cpp opens.
 
     dtype of the matrices: f32, f16 or q8_0. Raises ValueError for another dtype, for a path that is
-    a folder, for a tokenizer that does not fit the model or whose pattern llama.cpp does not know,
-    and for a model that is not a plain LLaMA or has weights that dtype cannot hold. Nothing is
-    written then.
+    a folder, for a tokenizer that is missing, does not fit the model or has a pattern that
+    llama.cpp does not know, and for a model that is not a plain LLaMA or has weights that dtype
+    cannot hold. Nothing is written then.
     """
     path, config = Path(path), model.config
     if dtype not in ("f32", "f16", "q8_0"):
         raise ValueError(f"dtype must be f32, f16 or q8_0: got {dtype!r}")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path} is a folder, or its folder is not there: name a file in a folder")
+    if tokenizer is None:
+        raise ValueError(f"{path}: a GGUF file holds the tokenizer, too, and there is none")
     check_fit(model, tokenizer, path)
     tensors = gguf_tensors(file_state(model, path), config)
     if isinstance(config, ScaledConfig):
         tensors["rope_freqs.weight"] = llama3_factors(config)
-    template = tokenizer_config(tokenizer).get("chat_template")
     metadata = model_metadata(config, dtype, path.stem)
-    metadata |= tokenizer_metadata(tokenizer, config.vocab_size, template)
+    metadata |= tokenizer_metadata(tokenizer, config.vocab_size, chat_template(tokenizer))
     write_gguf(path, metadata, tensors, dtype)

@@ -6,6 +6,8 @@ __all__ = ['PRE_TOKENIZERS', 'NAMES', 'model_metadata', 'tokenizer_metadata', 'g
            'interleave', 'gguf_tensors']
 
 # %% ../notebooks/19_ship.ipynb #42544f31
+from collections import Counter
+
 from einops import rearrange
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def tokenizer_metadata(
     """What llama.cpp needs to split and merge as the Tokenizer does.
 
     Rows of the model beyond the tokenizer's get names of their own. Raises ValueError if llama.cpp
-    has no name for the pattern.
+    has no name for the pattern, or if two tokens would have the same name.
     """
     if tokenizer.pattern not in PRE_TOKENIZERS:
         raise ValueError(f"llama.cpp has no name for the pattern {tokenizer.pattern!r}: "
@@ -65,6 +67,9 @@ def tokenizer_metadata(
             token, kind = f"[PAD{i}]", 5                           # unused
         tokens.append(token)
         kinds.append(kind)
+    if twice := [token for token, times in Counter(tokens).items() if times > 1]:
+        raise ValueError(f"two tokens would be called {twice[0]!r} in a GGUF file: rename the "
+                         "special one")
     metadata = {
         "model": "gpt2", "pre": PRE_TOKENIZERS[tokenizer.pattern],
         "tokens": tokens, "token_type": kinds,
@@ -90,8 +95,8 @@ NAMES = {
 def gguf_name(name: str) -> str:
     """The name of a tensor in llama.cpp.
 
-    >>> gguf_name("model.layers.3.self_attn.q_proj.weight")
-    'blk.3.attn_q.weight'
+    >>> gguf_name("model.layers.1.self_attn.q_proj.weight")
+    'blk.1.attn_q.weight'
     """
     parts = name.removeprefix("model.").removesuffix(".weight").split(".")
     if parts[0] == "layers":

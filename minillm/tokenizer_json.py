@@ -43,8 +43,15 @@ def special_entry(content: str, i: int) -> dict:
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
-    """The content of a tokenizer.json that splits and merges as the Tokenizer does."""
+    """The content of a tokenizer.json that splits and merges as the Tokenizer does.
+
+    Raises ValueError if a special token is spelled like an ordinary one.
+    """
     special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    vocab = {spell(token): i for token, i in tokenizer.ranks.items()}
+    if clash := vocab.keys() & tokenizer.special_tokens:
+        raise ValueError(f"the special token {min(clash)!r} is spelled like an ordinary one, and "
+                         "a file has one id for it: choose another name")
     split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern},
              "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -53,7 +60,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
         "type": "BPE", "dropout": None, "unk_token": None,
         "continuing_subword_prefix": None, "end_of_word_suffix": None,
         "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-        "vocab": {spell(token): i for token, i in tokenizer.ranks.items()},
+        "vocab": vocab,
         "merges": [f"{spell(a)} {spell(b)}" for a, b in tokenizer.merges],
     }
     return {

@@ -3,8 +3,16 @@
 In a notebook: `tables = bench.train(rounds=3, shapes=["S"])`, `print(*tables)`,
 `bench.plot(tables)`.
 """
-# Re-exported, so that bench.train() and the others can be called.
-from minillm.bench.generation import generate, quantize  # noqa: F401
-from minillm.bench.timing import plot  # noqa: F401
-from minillm.bench.tokenizers import tokenize  # noqa: F401
-from minillm.bench.training import train  # noqa: F401
+import importlib
+from typing import Any
+
+MODULES = {"generate": "generation", "quantize": "generation", "plot": "timing",
+           "tokenize": "tokenizers", "train": "training"}
+
+
+def __getattr__(name: str) -> Any:
+    """bench.train and the others, imported when they are first asked for: with them comes torch,
+    which takes seconds."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)

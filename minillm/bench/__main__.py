@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from minillm.serving import terminal
+
+if __name__ == "__main__":
+    terminal.starting()
+
 from minillm.arc import sizes
 from minillm.bench.arguments import CHECKOUTS, Refused, check
 from minillm.bench.generation import TALKERS, generate, quantize
@@ -56,7 +61,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: what cannot be measured ends it with one sentence on stderr and exit code 2."""
+    terminal.ready()
     p = parser()
+    try:
+        with terminal.gone_readers():
+            run(p, arguments)
+    except KeyboardInterrupt:
+        p.exit(130, "\nStopped.\n")
+
+
+def run(p: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
+    """What the command line asks for."""
     options = p.parse_args(arguments)
 
     def refuse(error):

@@ -258,18 +258,21 @@ def raschka_with(source: Path, model: Llama) -> Callable[[Tensor, int], Tensor]:
     return partial(write, peer)
 
 
-def writers(model: Llama, folder: Path | None = None) -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """{name: function (ids (b, t), n) -> (b, t + n)} of the peers that are there.
+Writer = Callable[[Tensor, int], Tensor]
+
+
+def writers(model: Llama, folder: Path | None = None) -> dict[str, Callable[[], Writer]]:
+    """{name: make} of the peers that are there; make() is a function (ids (b, t), n) -> (b, t + n).
 
     They are installed, or lie in the folder of checkouts. Each writes with its own key-value cache,
     greedily, in float32, with the weights of our Llama.
     """
-    found = {"transformers": partial(greedy, with_weights_of(model))}
+    found = {"transformers": lambda: partial(greedy, with_weights_of(model))}
     if installed("litgpt"):
-        found["litgpt"] = litgpt_with(model)
+        found["litgpt"] = partial(litgpt_with, model)
     for name, make in {"minimind": minimind_with, "LLMs-from-scratch": raschka_with}.items():
         if folder and (folder / name).is_dir():
-            found[name] = make(folder / name, model)
+            found[name] = partial(make, folder / name, model)
     return found
 
 
@@ -293,44 +296,47 @@ def torchao_int8(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return small
 
 
-def int8_writers(peer: nn.Module,
-                 dtype: torch.dtype) -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """{name: function (ids, n)} of transformers' model in int8 by others.
+def int8_writers(peer: nn.Module, dtype: torch.dtype) -> dict[str, Callable[[], Writer]]:
+    """{name: make}, as in writers, of transformers' model in int8 by others.
 
     dtype: of what torchao keeps in floats.
     """
-    found = {"transformers, dynamic int8": partial(greedy, dynamic_int8(peer))}
+    found = {"transformers, dynamic int8": lambda: partial(greedy, dynamic_int8(peer))}
     if installed("torchao"):
         floats = "bf16" if dtype == torch.bfloat16 else "float32"
-        found[f"transformers, torchao int8 ({floats})"] = partial(greedy, torchao_int8(peer, dtype))
+        found[f"transformers, torchao int8 ({floats})"] = (
+            lambda: partial(greedy, torchao_int8(peer, dtype)))
     return found
 
 
 def c_programs(folder: Path | None, c: LlamaConfig, work: Path,
-               names: Collection[str] = ("run", "runq")) -> dict[str, Callable[[int], float]]:
-    """{name: function (tokens) -> seconds} of llama2.c's run.c (float32) and runq.c (int8).
+               names: Collection[str] = ("run", "runq"),
+               ) -> dict[str, Callable[[], Callable[[int], float]]]:
+    """{name: make} of llama2.c's run.c (float32) and runq.c (int8); see c_program."""
+    source = (folder or work) / "llama2.c"
+    if not source.is_dir():
+        return {}
+    return {f"llama2.c {name}.c": partial(c_program, source, name, c, work) for name in names}
 
-    They are compiled into the folder `work`, for a model of shape c with random weights: the time
-    for a token does not depend on the weights. The time to start and load is not counted.
+
+def c_program(source: Path, name: str, c: LlamaConfig, work: Path) -> Callable[[int], float]:
+    """A function (tokens) -> seconds of a program of llama2.c.
+
+    It is compiled into the folder `work`, for a model of shape c with random weights: the time for
+    a token does not depend on the weights. The time to start and load is not counted.
     """
-    source, programs = (folder or work) / "llama2.c", {}
-    if not (source / "run.c").exists():
-        return programs
     export, model = package_in(source, "export"), llama2c(source, c)
     for layer in (model.tok_embeddings, model.output):
         # Of the token that ends a text: with random weights it might be the first to be written.
         layer.weight.data[1] = 0
-    for name, write in {"run": export.legacy_export, "runq": export.version2_export}.items():
-        if name not in names:
-            continue
-        with contextlib.redirect_stdout(None):
-            write(model, work / f"{name}.bin")
-        options = ["-Ofast", "-fopenmp", "-march=native"]
-        subprocess.run(["gcc", *options, source / f"{name}.c", "-lm", "-o", work / name],
-                       check=True)
-        call = [work / name, work / f"{name}.bin", "-z", source / "tokenizer.bin", "-t", "0"]
-        programs[f"llama2.c {name}.c"] = partial(c_seconds, call)
-    return programs
+    write = {"run": export.legacy_export, "runq": export.version2_export}[name]
+    with contextlib.redirect_stdout(None):
+        write(model, work / f"{name}.bin")
+    options = ["-Ofast", "-fopenmp", "-march=native"]
+    subprocess.run(["gcc", *options, source / f"{name}.c", "-lm", "-o", work / name], check=True,
+                   capture_output=True)
+    call = [work / name, work / f"{name}.bin", "-z", source / "tokenizer.bin", "-t", "0"]
+    return partial(c_seconds, call)
 
 
 def c_seconds(call: list, tokens: int) -> float:

@@ -3,15 +3,39 @@ import io
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minillm.storage.files import replacing
+
+
+def working(makers: Mapping[str, Callable[[], Any]],
+            *trial: Any) -> tuple[dict[str, Any], list[str]]:
+    """{name: make()} of those of {name: make} that work, and a note about each that does not.
+
+    What others wrote may fail in any way (a checkout that is incomplete, another version of a
+    library), and the comparison goes on without it; an error of ours is raised. trial: if it is
+    given, what was made is also called once with these arguments.
+    """
+    made, notes = {}, []
+    for name, make in makers.items():
+        try:
+            work = make()
+            if trial:
+                work(*trial)
+            made[name] = work
+        except Exception as error:
+            if name.startswith("minillm"):
+                raise
+            reason = (str(error).splitlines() or [""])[0]
+            notes.append(f"Left out: {name} ({type(error).__name__}: {reason[:100]})")
+    return made, notes
 
 
 def in_turns(contenders: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
@@ -100,8 +124,8 @@ def table(title: str, unit: str, amount: float, seconds: dict[str, list[float]],
 
 
 def fastest(seconds: dict[str, list[float]], names: Collection[str]) -> str:
-    """Which of the names has the lowest median."""
-    return min((name for name in seconds if name in names),
+    """Which of the names has the lowest median; which of all, if none of the names was timed."""
+    return min([name for name in seconds if name in names] or seconds,
                key=lambda name: statistics.median(seconds[name]))
 
 

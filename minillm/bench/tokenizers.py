@@ -6,7 +6,7 @@ from typing import Any
 
 from minillm.bench.arguments import Refused, check
 from minillm.bench.peers import minbpe, minbpe_like, rust_tokenizer
-from minillm.bench.timing import Table, in_turns, table
+from minillm.bench.timing import Table, in_turns, table, working
 from minillm.tokenizer import Tokenizer
 
 
@@ -46,33 +46,48 @@ def tokenize(file: str | Path, rounds: int = 10, peers: str | Path | None = None
     peers = peers and Path(peers)
     try:
         ours = Tokenizer.train(text, many, special_tokens=())
-    except ValueError as error:
-        raise Refused(f"{file} is too small a text: {error}") from None
-    tables = [training(text, name, few, rounds, minbpe(peers), cut)]
+    except ValueError:
+        raise Refused(f"{file} is too small a text, or has too few different words, to train a "
+                      f"tokenizer of {many:,} tokens on: name another file") from None
+    tables = [training(text, name, few, rounds, peers, cut)]
     show(tables[0])
-    tables.append(encoding(text, name, ours, rounds, minbpe_like(peers, ours), cut))
+    tables.append(encoding(text, name, ours, rounds, peers, cut))
     show(tables[1])
     return tables
 
 
-def training(text: str, name: str, vocab_size: int, rounds: int, peer: Callable | None,
+def by_minbpe(peers: Path | None, work: Callable[[], float],
+              cut: int) -> tuple[dict[str, list[float]], list[str]]:
+    """{"minbpe": [seconds]} of a work that times itself, and a note; nothing if it is not there."""
+    if not peers or not (peers / "minbpe").is_dir():
+        return {}, []
+    seconds, left_out = working({"minbpe": work})
+    notes = [f"minbpe: once, on the first {cut:,} characters"] if seconds else left_out
+    return {name: [took] for name, took in seconds.items()}, notes
+
+
+def training(text: str, name: str, vocab_size: int, rounds: int, peers: Path | None,
              cut: int) -> Table:
-    """The Table of training; peer: a function that makes minbpe's tokenizer, or None."""
+    """The Table of training; peers: a folder of checkouts, or None."""
+    def peer():
+        make = minbpe(peers)
+        return once(lambda part: make().train(part, vocab_size), text, cut)
+
     seconds = in_turns({
         "tokenizers (Rust)": lambda: rust_tokenizer(text, vocab_size),
         "minillm": lambda: Tokenizer.train(text, vocab_size, special_tokens=()),
     }, rounds)
-    if peer:
-        seconds["minbpe"] = [once(lambda part: peer().train(part, vocab_size), text, cut)]
+    more, notes = by_minbpe(peers, peer, cut)
     size = megabytes(text)
     title = f"Training a tokenizer of {vocab_size:,} tokens on {name} ({size:.1f} MB)"
-    return table(title, "MB/s", size, seconds, "tokenizers (Rust)", notes=about(peer, cut))
+    return table(title, "MB/s", size, seconds | more, "tokenizers (Rust)", notes=notes)
 
 
-def encoding(text: str, name: str, ours: Tokenizer, rounds: int, peer: Any, cut: int) -> Table:
+def encoding(text: str, name: str, ours: Tokenizer, rounds: int, peers: Path | None,
+             cut: int) -> Table:
     """The Table of encoding by the tokenizer `ours` and by others of as many tokens.
 
-    peer: minbpe's tokenizer with our merges, or None.
+    peers: a folder of checkouts, or None.
     """
     rust, engine = rust_tokenizer(text, ours.n_vocab), ours.to_tiktoken()
     lines = text.splitlines(keepends=True)
@@ -84,13 +99,7 @@ def encoding(text: str, name: str, ours: Tokenizer, rounds: int, peer: Any, cut:
         "minillm, nothing cached": lambda: Tokenizer(ours.vocab, ours.merges).encode(text),
         "minillm, pre-tokens cached": lambda: ours.encode(text),
     }, rounds)
-    if peer:
-        seconds["minbpe"] = [once(peer.encode, text, cut)]
+    more, notes = by_minbpe(peers, lambda: once(minbpe_like(peers, ours).encode, text, cut), cut)
     size = megabytes(text)
     title = f"Encoding {name} ({size:.1f} MB) with {ours.n_vocab:,} tokens"
-    return table(title, "MB/s", size, seconds, "tokenizers (Rust)", notes=about(peer, cut))
-
-
-def about(peer: Any, cut: int) -> list[str]:
-    """The note about minbpe, where there is one."""
-    return [f"minbpe: once, on the first {cut:,} characters"] if peer else []
+    return table(title, "MB/s", size, seconds | more, "tokenizers (Rust)", notes=notes)

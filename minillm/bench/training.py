@@ -10,7 +10,7 @@ from minillm.arc.fit import faster
 from minillm.bench.arguments import chosen, describe
 from minillm.bench.ceilings import matrix_product, measured, mfu, peak_of
 from minillm.bench.peers import peer_step, training_peers
-from minillm.bench.timing import Table, fastest, table
+from minillm.bench.timing import Table, fastest, table, working
 from minillm.fast_train import keep_memory
 from minillm.model import Llama, LlamaConfig
 from minillm.optim import AdamW
@@ -75,11 +75,11 @@ def contenders(c: LlamaConfig, inputs: Tensor, targets: Tensor, peers: Path | No
 def ready(make: Callable, on_gpu: bool) -> tuple[Callable, float | None]:
     """make(), warm, and the peak of its memory in GB, all else that lies on the GPU left out; None
     on a CPU."""
-    if not on_gpu:
-        return make(), None
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     step = make()
     step()                               # compiles, which takes memory of its own
+    if not on_gpu:
+        return step, None
     torch.cuda.reset_peak_memory_stats()
     step()
     return step, (torch.cuda.max_memory_allocated() - before) / 1e9
@@ -109,8 +109,9 @@ def train_shape(name: str, c: LlamaConfig, rounds: int, peers: Path | None,
     device, on_gpu = place()
     inputs, targets = batch_of(name, c, device, on_gpu)
     makers = contenders(c, inputs, targets, peers, compiling, on_gpu)
-    steps = {who: ready(make, on_gpu) for who, (_, make) in makers.items()}
-    tops = {precision: matrix_product(precision, device) for precision, _ in makers.values()}
+    steps, left_out = working({who: partial(ready, make, on_gpu)
+                               for who, (_, make) in makers.items()})
+    tops = {makers[who][0]: matrix_product(makers[who][0], device) for who in steps}
     works = {who: partial(several, step, STEPS if on_gpu else 1)
              for who, (step, _) in steps.items()}
     seconds, rates, line = measured(works, rounds, tops.values())
@@ -126,7 +127,8 @@ def train_shape(name: str, c: LlamaConfig, rounds: int, peers: Path | None,
         return columns
 
     llamas = [who for who in seconds if not who.startswith(("minillm", "nanoGPT"))]
-    notes = [f"MFU: share of the measured matrix product. {line}"]
+    notes = [f"MFU: share of the measured matrix product. {line}",
+             "An MFU above 100% says that this ceiling is wrong.", *left_out]
     if peak:
         notes.append(f"By the data sheet: {peak / 1e3:,.0f} TFLOP/s in bf16")
     rows = f"{len(inputs)} x {c.max_seq_len} tokens"

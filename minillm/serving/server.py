@@ -53,9 +53,10 @@ def short_texts(texts: list) -> bool:
 
 COUNT = Field((int,), "a whole number from 1", fits=lambda n: n >= 1)
 # for what would have no effect; some clients send it with a value that asks for nothing
-NO_EFFECT = Field((bool, list, dict, int, float), "left out, it has no effect here",
-                  fits=lambda value: not value or value == {"type": "text"})
+NO_EFFECT = Field((bool, list, dict, int, float, str), "left out, it has no effect here",
+                  fits=lambda value: not value or value in ({"type": "text"}, ["text"], "none"))
 
+# Every field that a request may have, but for those of IGNORED. Any other is refused.
 FIELDS = {
     "model": Field((str,), "the id of a model, see /v1/models", fits=bool, required=True),
     "messages": Field((list,), 'a list of {"role": ..., "content": ...}', fits=bool, required=True),
@@ -63,22 +64,38 @@ FIELDS = {
     "n": Field((int,), "1: a request gets one answer here", fits=lambda n: n == 1, default=1),
     "stream_options": Field(
         (dict,), '{"include_usage": true or false}',
-        fits=lambda options: isinstance(options.get("include_usage", False), bool), default={}),
+        fits=lambda options: type(options.get("include_usage")) in (bool, type(None)), default={}),
     "max_tokens": COUNT,
     "max_completion_tokens": COUNT,
     "temperature": Field((int, float), "0 or a number from 0.001 to 2",
                          fits=lambda t: t == 0 or 0.001 <= t <= 2, default=1.0),
     "top_p": Field((int, float), "a number from 0.001 to 1", fits=lambda p: 0.001 <= p <= 1),
+    # not OpenAI's, but many clients send them to servers like this one
+    "top_k": COUNT,
+    "min_p": Field((int, float), "a number from 0 to 1", fits=lambda p: 0 <= p <= 1),
+    "repetition_penalty": Field((int, float), "a number from 0.1 to 10",
+                                fits=lambda x: 0.1 <= x <= 10, default=1.0),
     "seed": Field((int,), "a whole number of 64 bits", fits=lambda n: -2**63 <= n < 2**63),
     "stop": Field((list,), "up to 4 texts of 1 to 100 characters", fits=short_texts, default=[]),
     "tools": NO_EFFECT,
     "functions": NO_EFFECT,
     "logprobs": NO_EFFECT,
+    "top_logprobs": NO_EFFECT,
     "logit_bias": NO_EFFECT,
     "frequency_penalty": NO_EFFECT,
     "presence_penalty": NO_EFFECT,
     "response_format": NO_EFFECT,
+    "modalities": NO_EFFECT,
+    "reasoning_effort": NO_EFFECT,
 }
+
+# What changes no answer: notes and accounts of OpenAI's, and choices among tools, of which there
+# are none.
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+           "prompt_cache_retention", "tool_choice", "function_call", "parallel_tool_calls")
+# of a message; several clients always send the name of the user
+IGNORED_IN_MESSAGES = ("name",)
+SILENCE = "..."    # stands for an empty answer in the dialogue that follows
 
 
 class Refusal(HTTPException):
@@ -144,10 +161,14 @@ async def read_json(request: Request) -> Any:
 def read_fields(body: Any) -> dict[str, Any]:
     """The values of FIELDS in a request's JSON.
 
-    Raises Refusal, naming the field, for one that does not fit or would have no effect.
+    Null counts as not given. Raises Refusal, naming the field, for one that does not fit or would
+    have no effect.
     """
     if not isinstance(body, dict):
         raise Refusal(400, f"the body must be a JSON object: got {type(body).__name__}")
+    for name, value in body.items():
+        if value is not None and name not in FIELDS and name not in IGNORED:
+            raise Refusal(400, f"{name[:40]!r} is unknown here: leave it out", name[:40])
     values = {}
     for name, field in FIELDS.items():
         value = body.get(name)
@@ -168,15 +189,26 @@ def is_text_part(part: Any) -> bool:
             and isinstance(part.get("text"), str))
 
 
-def with_one_text(message: Any) -> Any:
-    """A message whose content is a list of texts, as some clients send it, with one text instead.
+def read_message(message: Any, place: str) -> Any:
+    """A message as our template takes it.
 
-    Any other message stays as it is.
+    Several texts, as some clients send them, become one; an answer that was empty becomes SILENCE,
+    so that a client may send back whatever it got. What else is wrong is left to the template.
+    Raises ValueError, naming the place, for a key that would have no effect.
     """
-    parts = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(parts, list) or not all(is_text_part(part) for part in parts):
+    if not isinstance(message, dict):
         return message
-    return message | {"content": "".join(part["text"] for part in parts)}
+    for key, value in message.items():
+        known = key in ("role", "content", *IGNORED_IN_MESSAGES)
+        if not known and value not in (None, [], ""):
+            raise ValueError(f"{place} has {key[:40]!r}, which has no effect here: leave it out")
+    content = message.get("content")
+    if isinstance(content, list) and all(is_text_part(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if message.get("role") == "assistant":
+        empty = content is None or isinstance(content, str) and not content.strip()
+        content = SILENCE if empty else content
+    return message | {"content": content}
 
 
 def read_prompt(messages: list, model: Llama, tokenizer: Tokenizer) -> tuple[list[int], int]:
@@ -187,10 +219,12 @@ def read_prompt(messages: list, model: Llama, tokenizer: Tokenizer) -> tuple[lis
     """
     code = None
     try:
-        ids = encode_prompt([with_one_text(message) for message in messages], tokenizer)
+        read = [read_message(message, f"message {i}") for i, message in enumerate(messages)]
+        ids = encode_prompt(read, tokenizer)
         code = "context_length_exceeded"
         return ids, answer_room(ids, model)
     except (ValueError, TypeError) as error:
+        tokenizer.cache.clear()        # or long words that were refused would fill the memory
         raise Refusal(400, str(error), "messages", code) from None
 
 
@@ -213,8 +247,9 @@ def answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], limit: int,
     made = []               # ids so far
 
     def tokens():
-        for new in steps(FastDecoder(model), ids, limit, fields["temperature"], seed=seed,
-                         top_p=fields["top_p"]):
+        for new in steps(FastDecoder(model), ids, limit, fields["temperature"],
+                         fields["repetition_penalty"], seed, top_k=fields["top_k"],
+                         top_p=fields["top_p"], min_p=fields["min_p"]):
             made.append(new.item())
             if made[-1] in special:
                 break

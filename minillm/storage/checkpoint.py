@@ -66,9 +66,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[dict], di
     """
     try:
         tensors, meta = unseal(Path(path).read_bytes())
-    except ValueError as error:
+        return tensors, json.loads(meta["history"]), json.loads(meta["run"])
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{Path(path).name} is damaged: {error}") from None
-    return tensors, json.loads(meta["history"]), json.loads(meta["run"])
 
 
 def restore(path: str | Path, tensors: dict[str, Tensor], history: list[dict], model: nn.Module,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 SEAL = re.compile(rb'(?<="sha256":")[0-9a-f]{64}(?=")')
@@ -55,5 +56,8 @@ def unseal(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError("it has no checksum")
     if found[0] != hashlib.sha256(SEAL.sub(b"0" * 64, data, 1)).hexdigest().encode():
         raise ValueError("its checksum does not fit its content")
-    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-    return safetensors.torch.load(data), header["__metadata__"]
+    try:
+        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+        return safetensors.torch.load(data), header["__metadata__"]
+    except (ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise ValueError(f"it has a checksum, but is no safetensors file ({error})") from None

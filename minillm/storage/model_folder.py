@@ -1,37 +1,36 @@
-"""Checks of a model folder before it is opened: config, tokenizer, safetensors headers, shards.
+"""Reading the model folder of somebody else: which config, tokenizer and shards we accept.
 
-Somebody else may have written it, so each claim is held against the files before anything is
-allocated or opened on its word. Every function raises ValueError, naming the file and the key or
-tensor. No pickle is opened. Written by hand; chapter 19 opens model folders with it.
+What our code cannot do is refused by name: each setting is honored, has the one value that we can
+do, or stands in a list of harmless ones, with the reason. Every function raises ValueError, naming
+the file and the key. No pickle is opened. Written by hand; chapter 19 opens model folders with it.
 """
-import json
-import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import regex
 
+from minillm.storage.foreign import check_keys, read_json
 from minillm.tokenizer import Tokenizer
 from minillm.tokenizer_json import GPT2_PATTERN, unspell
 
-# keys of config.json with the one value that our Llama can do
-REFUSED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-           "partial_rotary_factor": 1.0, "quantization_config": None}
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}       # bytes per number
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): "
-                         f"is {path.parent} the folder of a model?") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or no JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object: got a {type(data).__name__}")
-    return data
+HONORED = ("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size",
+           "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+           "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+           "rope_parameters", "tie_word_embeddings")
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "partial_rotary_factor": 1.0, "rope_interleaved": False}
+HARMLESS = (
+    "initializer_range", "attention_dropout",                  # of training
+    "use_cache", "pretraining_tp", "dtype", "torch_dtype",     # how it is computed, not what
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",         # of generation
+    "max_sequence_length",              # an older name beside max_position_embeddings
+    # notes by the tool that wrote the file
+    "transformers_version", "_name_or_path", "transformers.js_config", "is_llama_config",
+    "unsloth_fixed", "unsloth_version")
+ROPE = ("rope_theta", "rope_type", "type")
+NO_BPE_OPTIONS = {"dropout": 0.0, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def number(settings: dict[str, Any], key: str, kind: type, path: Path,
@@ -49,30 +48,38 @@ def number(settings: dict[str, Any], key: str, kind: type, path: Path,
     return kind(value)
 
 
+def agreed(values: list[Any], what: str, path: Path) -> Any:
+    """The one value that is given, perhaps several times; None if none is."""
+    given = [value for value in values if value is not None]
+    if any(value != given[0] for value in given):
+        raise ValueError(f"{path} gives {what} twice, and not the same: {given!r:.200}")
+    return given[0] if given else None
+
+
 def read_rope(settings: dict[str, Any], path: Path) -> tuple[float, tuple | None]:
     """theta, and the scaling of LLaMA 3.1 (factor, low, high, original) or None.
 
     transformers 5 writes rope_parameters; earlier versions wrote rope_theta and rope_scaling.
     """
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    names = "rope_parameters", "rope_scaling"
+    rope = agreed([settings.get(name) for name in names], " and ".join(names), path) or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{path}: rope_parameters (or rope_scaling) must be an object: "
                          f"got {rope!r:.60}")
-    given = {"rope_theta": rope.get("rope_theta", settings.get("rope_theta"))}
-    theta = number(given, "rope_theta", float, path, 10000.0, 1e12)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
+    theta = agreed([rope.get("rope_theta"), settings.get("rope_theta")], "rope_theta", path)
+    theta = number({"rope_theta": theta}, "rope_theta", float, path, 10000.0, 1e12)
+    kind = agreed([rope.get("rope_type"), rope.get("type")], "the type of RoPE", path)
+    if kind not in (None, "default", "llama3"):
         raise ValueError(f"{path}: rope type {kind!r:.60} is unknown here "
                          "(known: default, llama3), so positions would be wrong")
-    factor = number(rope, "factor", float, path)
-    low = number(rope, "low_freq_factor", float, path)
-    high = number(rope, "high_freq_factor", float, path)
-    original = number(rope, "original_max_position_embeddings", float, path)
+    known = (*ROPE, *LLAMA3) if kind == "llama3" else ROPE
+    check_keys(rope, known, {"partial_rotary_factor": 1.0}, (), path)
+    if kind != "llama3":
+        return theta, None
+    factor, low, high = (number(rope, key, float, path) for key in LLAMA3[:3])
     if high <= low:
         raise ValueError(f"{path}: high_freq_factor {high} must be above low_freq_factor {low}")
-    return theta, (factor, low, high, int(original))
+    return theta, (factor, low, high, number(rope, LLAMA3[3], int, path))
 
 
 def read_shape(path: Path) -> tuple[dict[str, Any], tuple | None]:
@@ -85,9 +92,10 @@ def read_shape(path: Path) -> tuple[dict[str, Any], tuple | None]:
     if names != ["LlamaForCausalLM"] or kind != "llama":
         raise ValueError(f"{path}: architecture {names!r:.60} of type {kind!r:.60} "
                          "is unknown here (known: LlamaForCausalLM, llama)")
-    for key, known in REFUSED.items():
-        if s.get(key, known) not in (known, None):
-            raise ValueError(f"{path}: {key} = {s[key]!r:.60} is unknown here (known: {known!r})")
+    check_keys(s, HONORED, ONLY, HARMLESS, path)
+    tied = s.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise ValueError(f"{path}: tie_word_embeddings must be true or false: got {tied!r:.60}")
     dim = number(s, "hidden_size", int, path)
     heads = number(s, "num_attention_heads", int, path)
     if number(s, "head_dim", int, path, max(dim // heads, 1)) * heads != dim:
@@ -104,55 +112,9 @@ def read_shape(path: Path) -> tuple[dict[str, Any], tuple | None]:
         "rope_theta": theta,
         "max_seq_len": number(s, "max_position_embeddings", int, path, 2048, 2**20 + 1),
         "norm_eps": number(s, "rms_norm_eps", float, path, 1e-6, 1),
-        "tie_embeddings": s.get("tie_word_embeddings") is True,
+        "tie_embeddings": tied is True,
     }
     return shape, scaling
-
-
-def check_entry(
-        name: str, entry: Any, at: int, limit: int, path: Path) -> tuple[tuple[int, ...], int]:
-    """The shape of a tensor in a safetensors header, and where its data ends.
-
-    The data must begin at `at` and must not go beyond `limit`.
-    """
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        sound = whole and begin == at and end <= limit
-    except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{path}: tensor {name} is described by {entry!r:.80}, "
-                         "not by dtype, shape and data_offsets") from None
-    if not isinstance(dtype, str) or dtype not in SIZES:
-        raise ValueError(f"{path}: tensor {name} is stored as {dtype!r:.40}; "
-                         f"known are {', '.join(SIZES)} (is the model quantized?)")
-    if not sound or end - begin != SIZES[dtype] * math.prod(shape):
-        raise ValueError(f"{path}: tensor {name}, {dtype} {shape}, cannot be bytes "
-                         f"{begin} to {end} of {limit} (it must begin at {at})")
-    return tuple(shape), end
-
-
-def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of a safetensors file, whose header must describe each byte of data once."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):
-            raise ValueError(f"{path} is truncated or no safetensors file: "
-                             f"a header of {length:,} bytes in a file of {size:,}")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: its header cannot be read "
-                             f"({type(error).__name__}: {error})") from None
-    shapes, end, total = {}, 0, size - 8 - length
-    for name, entry in entries:
-        shapes[name], end = check_entry(name, entry, end, total, path)
-    if end != total:
-        raise ValueError(f"{path} is damaged: its header describes {end:,} bytes of data, "
-                         f"and there are {total:,}")
-    return shapes
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -182,6 +144,23 @@ def tensor_files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise ValueError(f"{index}: the shard {name} is missing in {folder}")
     return [folder / name for name in shards]
+
+
+def check_unmixed(folder: Path, names: Collection[str]) -> None:
+    """Raises ValueError unless a new model, the files `names`, has the folder to itself.
+
+    A shard, a tokenizer or an adapter that an earlier model left there would be read together with
+    the new files, or in their place. What no reader of models opens may stay.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder")
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        unread = path.name.startswith(".") or path.suffix in (".gguf", ".md", ".part")
+        if path.is_dir():
+            unread = path.name != "additional_chat_templates"
+        if path.name not in names and path.name != "LICENSE" and not unread:
+            raise ValueError(f"{folder} holds {path.name}, which may be read together with the new "
+                             "files, or in their place: take it out, or name another folder")
 
 
 def split_pattern(pre: dict | None) -> str:
@@ -228,21 +207,28 @@ def ordered_merges(model: dict, ranks: dict[bytes, int]) -> list[tuple[bytes, by
 
 def check_kind(data: dict) -> None:
     """Raises ValueError, with the reason, if a tokenizer.json is not plain byte-level BPE."""
+    # a post-processor puts a token before or after a text: here that is up to the chat template
+    read = "added_tokens", "normalizer", "pre_tokenizer", "decoder", "model"
+    check_keys(data, read, {}, ("version", "post_processor"), "its top level")
     model, added = data["model"], data.get("added_tokens") or []
     if model["type"] != "BPE":
         raise ValueError(f"its model is {model['type']}, not byte-level BPE")
     if model.get("byte_fallback"):
         raise ValueError("its model is BPE with byte_fallback (sentencepiece, as LLaMA 1 and 2), "
                          "not byte-level BPE")
-    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            raise ValueError(f"its model has {name} = {model[name]!r:.40}, which is unknown here")
-    if data.get("normalizer"):
-        raise ValueError(f"it changes the text first (normalizer {data['normalizer']['type']}), "
-                         "so that decoding would not give it back")
+    # Nothing is ever unknown where each byte is a token; where all tokens are made by merges, to
+    # ignore these for a whole token changes nothing (section 19.3).
+    harmless = "unk_token", "fuse_unk", "ignore_merges"
+    known = "type", "vocab", "merges", "byte_fallback"
+    check_keys(model, known, NO_BPE_OPTIONS, harmless, "its model")
+    for name in "normalizer", "decoder":
+        kind = (data.get(name) or {}).get("type")
+        if kind not in ((None, "ByteLevel") if name == "decoder" else (None,)):
+            raise ValueError(f"it has the {name} {kind}, so that decoding would not give the "
+                             "text back")
     for entry in added:
         if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
-            raise ValueError(f"its added token {entry['content']!r} looks at its neighbours "
+            raise ValueError(f"its added token {entry['content']!r} looks at its neighbors "
                              "(lstrip, rstrip or single_word)")
 
 
@@ -268,7 +254,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     up to the chat template.
     """
     try:
-        return parse_tokenizer(json.loads(path.read_text(encoding="utf-8")))
+        return parse_tokenizer(read_json(path))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError,
             regex.error) as error:
         reason = error

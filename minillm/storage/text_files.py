@@ -7,7 +7,6 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -27,37 +26,41 @@ CORPORA = {     # name: address, SHA-256, bytes
 def cache_folder() -> Path:
     """Where downloads and the stages of the model are kept.
 
-    That is the user's cache folder, or the one that MINILLM_CACHE names.
+    That is the user's cache folder, or the one that MINILLM_CACHE names (a ~ at its beginning is
+    the home folder). Raises ValueError if there is no home folder.
     """
-    return Path(os.environ.get("MINILLM_CACHE") or user_cache_path("minillm"))
+    try:
+        return Path(os.environ.get("MINILLM_CACHE") or user_cache_path("minillm")).expanduser()
+    except (RuntimeError, KeyError):              # neither HOME nor an entry in passwd
+        raise ValueError("the home folder of this user is not known, so there is no place for what "
+                         "is kept: name a folder with the environment variable "
+                         "MINILLM_CACHE") from None
 
 
-def count_characters(path: Path) -> int:
-    """How many characters a UTF-8 file has, without white space. It is read in blocks.
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, which is read once: a pipe (/dev/stdin, or <(...)) has no second
+    time.
 
     Raises ValueError if it is missing, a folder or not text.
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the text files in it")
-    decoder = getincrementaldecoder("utf-8")()
-    characters, offset, block = 0, 0, b"-"
     try:
-        with path.open("rb") as file:
-            while block:
-                block = file.read(2**20)
-                pending = len(decoder.getstate()[0])      # bytes of a character that was cut
-                if (at := block.find(0)) >= 0:
-                    raise ValueError(f"{path} is not text: byte {offset + at} is NUL "
-                                     "(a binary file, or UTF-16?)")
-                text = decoder.decode(block, final=not block)
-                characters += len("".join(text.split()))
-                offset += len(block)
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8: byte {offset - pending + e.start} is "
-                         f"0x{e.object[e.start]:02x} ({e.reason})") from None
+        data = path.read_bytes()
     except OSError as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}") from None
-    return characters
+    if (at := data.find(0)) >= 0:
+        raise ValueError(f"{path} is not text: byte {at} is NUL (a binary file, or UTF-16?)")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8: byte {e.start} is 0x{data[e.start]:02x} "
+                         f"({e.reason})") from None
+
+
+def count_characters(text: str, block: int = 2**20) -> int:
+    """How many characters a text has, without white space. Block by block, which saves memory."""
+    return sum(len("".join(text[i:i + block].split())) for i in range(0, len(text), block))
 
 
 def stream_documents(path: str | Path) -> Iterator[str]:
@@ -94,7 +97,8 @@ def fetch(url: str, part: Path) -> None:
     total = have + int(response.headers.get("Content-Length", 0))
     with response, part.open("ab" if have else "wb") as file:
         with tqdm(desc=part.stem, initial=have, total=total or None, unit="B", unit_scale=True,
-                  ncols=90, file=sys.stdout) as bar:
+                  ncols=90, mininterval=0.2 if sys.stdout.isatty() else 10,
+                  file=sys.stdout) as bar:
             while block := response.read(2**16):
                 file.write(block)
                 bar.update(len(block))
@@ -150,14 +154,14 @@ def read_documents(
         paths: str | Path | Iterable[str | Path], least: int = 1000) -> list[tuple[str, str]]:
     """The documents of text files as a list of (path, text).
 
-    A path may also be the name of one of `CORPORA`. All files are checked before the first is read.
-    Raises ValueError if one is missing, a folder, empty or not UTF-8 text, or if all together have
-    fewer than `least` characters.
+    A path may also be the name of one of `CORPORA`. Raises ValueError if a file is missing, a
+    folder, empty or not UTF-8 text, or if all together have fewer than `least` characters.
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
     paths = [corpus(path) if path in CORPORA else Path(path) for path in paths]
-    counts = {path: count_characters(path) for path in paths}
+    texts = {path: read_text(path) for path in paths}
+    counts = {path: count_characters(text) for path, text in texts.items()}
     for path, n in counts.items():
         if n == 0:
             raise ValueError(f"{path} is empty")
@@ -166,5 +170,5 @@ def read_documents(
                          f"not counted) are too few to learn from, at least {least} are needed")
     documents = []
     for path in paths:
-        documents += [(str(path), text) for text in stream_documents(path) if text.strip()]
+        documents += [(str(path), text) for text in texts[path].split(ENDOFTEXT) if text.strip()]
     return documents

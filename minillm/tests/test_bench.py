@@ -160,13 +160,51 @@ def test_peaks(name, peak):
     assert ceilings.peak_of(name) == peak
 
 
-def test_measured_ceilings_take_their_turns():
+@pytest.mark.parametrize("best", [2, 6, 11])       # a turn before, among and after the contenders
+def test_a_ceiling_is_the_best_of_its_turns_before_among_and_after(best):
     calls = []
-    top = ceilings.Ceiling("top", "GB/s", 6, lambda: calls.append("t") or 3.0)
+
+    def top():
+        calls.append("t")
+        return 1.5 if calls.count("t") == best else 3.0
     contenders = {"a": lambda: calls.append("a") or 1.0}
-    seconds, rates, line = ceilings.measured(contenders, 2, [top])
-    assert calls == list("atatat") and seconds == {"a": [1, 1]}
-    assert rates == {"top": 2} and "top 2 GB/s" in line
+    ceiling = ceilings.Ceiling("top", "GB/s", 6, top)
+    seconds, rates, line = ceilings.measured(contenders, 2, [ceiling])
+    assert calls == list("tttt" "atatat" "tttt") and seconds == {"a": [1, 1]}
+    assert rates == {"top": 4} and "GB/s" in line
+
+
+def test_a_contender_that_fails_is_left_out_with_the_reason():
+    def broken():
+        raise ImportError("no module called x\nand more")
+    made, notes = timing.working({"sound": lambda: len, "broken": broken,
+                                  "fails later": lambda: lambda text: 1 / 0}, "abc")
+    assert made == {"sound": len}
+    assert notes == ["Left out: broken (ImportError: no module called x)",
+                     "Left out: fails later (ZeroDivisionError: division by zero)"]
+    with pytest.raises(ImportError):
+        timing.working({"minillm float32": broken})
+
+
+@pytest.mark.parametrize("what", ["train", "generate", "quantize", "tokenize"])
+def test_incomplete_checkouts_do_not_stop_a_comparison(what, monkeypatch, capsys, tmp_path):
+    for name in CHECKOUTS:
+        (tmp_path / name).mkdir()
+    for known in (training.SHAPES, generation.TALKERS):
+        monkeypatch.setitem(known, "M", TINY)
+    monkeypatch.setattr(training, "place", lambda: (torch.device("cpu"), False))
+    monkeypatch.setattr(training, "keep_memory", lambda: None)
+    for module in training, generation:
+        monkeypatch.setattr(module, "measured",
+                            lambda works, rounds, tops: (timing.in_turns(works, rounds),
+                                                         {top.name: 1.0 for top in tops}, ""))
+    command.main([what, "--rounds", "1", "--peers", str(tmp_path), *words_or_shape(what, tmp_path)])
+    said = capsys.readouterr().out
+    missing = {"train": ["llama2.c", "nanoGPT", "minimind", "LLMs-from-scratch"],
+               "generate": ["minimind", "LLMs-from-scratch", "llama2.c run.c"],
+               "quantize": ["llama2.c run.c", "llama2.c runq.c"], "tokenize": ["minbpe"]}[what]
+    assert all(f"Left out: {name}" in said for name in missing), said
+    assert "minillm" in said
 
 
 def learns(step, model, times=6):
@@ -210,7 +248,7 @@ def test_peers_write_what_we_write(name):
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data *= 100      # so that it matters where a token stands
         layer.self_attn.o_proj.weight.data *= 10
-    write = peers.writers(model, FOLDER)[name]
+    write = peers.writers(model, FOLDER)[name]()
     assert torch.equal(write(ids, 20), generate(model, ids, 20, temperature=0))
     assert torch.equal(write(ids[:1], 20), write(ids, 20)[:1])
 
@@ -235,6 +273,15 @@ def test_minbpe_has_our_merges():
     assert len(trained.vocab) == 268 and peers.minbpe(None) is None
 
 
+def words_or_shape(what, folder):
+    """The last arguments: a file with many different words for tokenize, else the shape M."""
+    if what != "tokenize":
+        return ["--shapes", "M"]
+    words = map("".join, itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=3))
+    (folder / "x.txt").write_text(" ".join(list(words)[::3]))
+    return [str(folder / "x.txt")]
+
+
 @pytest.mark.parametrize("what", ["train", "generate", "quantize", "tokenize"])
 def test_each_comparison_runs(what, monkeypatch, capsys, tmp_path):
     for known in (training.SHAPES, generation.TALKERS):
@@ -244,12 +291,7 @@ def test_each_comparison_runs(what, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(training, "keep_memory", lambda: kept.append(what))
     monkeypatch.setattr(generation, "memory_read", partial(ceilings.memory_read, 8))
     arguments = [what, "--rounds", "1", "--plot", str(tmp_path / "x.png")]
-    if what == "tokenize":
-        letters = "abcdefghijklmnopqrstuvwxyz"
-        words = list(map("".join, itertools.product(letters, repeat=3)))[::3]
-        (tmp_path / "x.txt").write_text(" ".join(words))
-        arguments.append(str(tmp_path / "x.txt"))
-    command.main(arguments + (["--shapes", "M"] if what != "tokenize" else []))
+    command.main(arguments + words_or_shape(what, tmp_path))
     said = capsys.readouterr().out
     assert kept == ["train"] * (what == "train")
     assert "minillm" in said and (tmp_path / "x.png").stat().st_size > 5000

@@ -2,6 +2,7 @@
 
 Runs that are killed or interrupted, and files that are damaged, foreign or old.
 """
+import hashlib
 import json
 import os
 import random
@@ -15,7 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from minillm.storage.checkpoint import resume
+from minillm.storage.checkpoint import read_checkpoint, resume
+from minillm.storage.files import SEAL, seal
 from minillm.model import Llama, LlamaConfig
 from minillm.tests.test_train import Batches, names, settings, tiny, weights
 from minillm.optim import AdamW
@@ -261,3 +263,13 @@ def test_checkpoint_holds_plain_tensors_and_exact_history(tmp_path):
         keys, state = set(f.keys()), model.state_dict()
         kinds = "model", "m", "v"
         assert keys == {"rng"} | {f"{kind}.{name}" for kind in kinds for name in state}
+
+
+@pytest.mark.parametrize("content", [
+    lambda: b'"sha256":"' + b"0" * 64 + b'"', lambda: seal({"a": torch.zeros(2)}, {"b": "c"})])
+def test_a_sealed_file_that_is_no_checkpoint(content, tmp_path):
+    data = SEAL.sub(b"0" * 64, content(), 1)
+    data = SEAL.sub(hashlib.sha256(data).hexdigest().encode(), data, 1)
+    (tmp_path / "step-1.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="step-1.safetensors is damaged"):
+        read_checkpoint(tmp_path / "step-1.safetensors")

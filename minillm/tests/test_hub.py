@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from minillm.generate import generate
-from minillm.hub import (ScaledConfig, ScaledLlama, from_pretrained, load_model, save_pretrained,
-                         tensor_shapes)
+from minillm.hub import (ScaledConfig, ScaledLlama, from_pretrained, load_model, model_card,
+                         save_pretrained, tensor_shapes)
 from minillm.model import Llama, LlamaConfig
 from minillm.sft import ASSISTANT, USER
 from minillm.tokenizer import Tokenizer
@@ -89,8 +89,22 @@ def test_a_folder_comes_back_and_opens_in_transformers(config, tokenizer, tmp_pa
     assert back.lm_head.weight.requires_grad and not any(p.is_meta for p in back.parameters())
     assert (back.lm_head.weight is back.model.embed_tokens.weight) == config.tie_embeddings
     assert sorted(os.listdir(tmp_path / "m")) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json"]
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_card_is_written_and_none_is_left_alone(tokenizer, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    save_pretrained(make(), tokenizer, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    card = model_card(make(), "# A model", "mit")
+    save_pretrained(make(), tokenizer, tmp_path, card)
+    said = (tmp_path / "README.md").read_text(encoding="utf-8")
+    _, header, text = said.split("---\n")
+    settings = dict(line.split(": ") for line in header.splitlines())
+    assert settings["license"] == "mit" and settings["library_name"] == "transformers"
+    parameters = sum(p.numel() for p in make().parameters())
+    assert "# A model" in text and f"{parameters:,}" in text and "256 tokens" in text
 
 
 @torch.no_grad()

@@ -237,3 +237,64 @@ def test_a_folder_is_overwritten_file_by_file_and_nothing_else(folder, tokenizer
     assert load_model(folder).config == other.config
     assert far(opened, make(), 600) < 1e-6           # the open one did not change, but for rounding
     assert sorted(os.listdir(folder.parent)) == ["model", "note.txt"]
+
+
+@pytest.mark.parametrize("name, message", [
+    ("model-00001-of-00002.safetensors", "model-00001"), ("adapter_config.json", "adapter_config"),
+    ("special_tokens_map.json", "special_tokens_map"), ("tokenizer.model", "tokenizer.model"),
+    ("additional_chat_templates/", "additional_chat_templates"), ("vocab.json", "vocab.json"),
+    ("README.md", None), ("LICENSE", None), ("m.gguf", None), (".git/", None),
+    ("checkpoints/", None),
+])
+def test_a_folder_that_was_used_before(name, message, tokenizer, tmp_path):
+    """What other readers would take together with ours, or in its place, is not overlooked."""
+    place = tmp_path / name
+    place.mkdir() if name.endswith("/") else place.write_text("{}")
+    if message is None:
+        save_pretrained(make(), tokenizer, tmp_path)
+        return
+    with pytest.raises(ValueError, match=f"holds {message}"):
+        save_pretrained(make(), tokenizer, tmp_path)
+    assert os.listdir(tmp_path) == [name.rstrip("/")]
+
+
+def test_a_tokenizer_of_an_earlier_model_is_not_left_beside_a_new_one(folder):
+    with pytest.raises(ValueError, match="holds chat_template.jinja"):
+        save_pretrained(make(), None, folder)
+
+
+def test_a_model_folder_with_an_adapter_in_it(folder):
+    """transformers would add the adapter."""
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"rope_interleaved": True}, "rope_interleaved = True"),
+    ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"), ({"is_decoder": False}, "is_decoder"),
+    ({"logits_scaling": 8}, "logits_scaling = 8"),
+    ({"tie_word_embeddings": "true"}, "tie_word_embeddings must be"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings must be"),
+    ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 4.0}}, "not the same"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "rope_theta twice"),
+    ({"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "attention_factor"),
+    ({"rope_scaling": LLAMA3 | {"type": "yarn"}}, "type of RoPE twice"),
+])
+def test_settings_that_could_change_the_result(settings, message, folder):
+    edited(folder / "config.json", **settings)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(folder)
+    assert "config.json" in str(caught.value)
+
+
+def test_settings_of_published_models_that_change_nothing(folder):
+    """From the config.json of SmolLM2-135M, and of early conversions of LLaMA."""
+    want = load_model(folder)
+    edited(folder / "config.json", **{
+        "_name_or_path": "x", "transformers_version": "4.46.3", "attention_dropout": 0.0,
+        "is_llama_config": True, "initializer_range": 0.041, "pretraining_tp": 1,
+        "rope_interleaved": False, "use_cache": True, "pad_token_id": None,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "max_sequence_length": 2048, "torch_dtype": "bfloat16"})
+    assert far(load_model(folder), want, 600) < 1e-6

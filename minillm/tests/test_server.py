@@ -64,6 +64,33 @@ def test_the_content_of_a_message_may_be_texts_in_parts(client):
     assert in_parts.choices[0].message.content == whole.choices[0].message.content
 
 
+@pytest.mark.parametrize("nothing", ["", None, " \n"])
+def test_an_empty_answer_may_be_sent_back(client, nothing):
+    """With all that the client keeps of a message, in which much is null."""
+    message = ask(client, max_tokens=1).choices[0].message.model_dump() | {"content": nothing}
+    assert len(message) > 2
+    dialogue = [*HELLO, message, {"role": "user", "content": "Why?"}]
+    stands = {"role": "assistant", "content": server.SILENCE}
+    prompt = encode_prompt([HELLO[0], stands, dialogue[2]], TOKENIZER)
+    assert ask(client, dialogue, max_tokens=1).usage.prompt_tokens == len(prompt)
+
+
+@pytest.mark.parametrize("field", [{"top_k": 1}, {"min_p": 1.0}])
+def test_the_samplers_of_other_servers_have_their_effect(client, field):
+    """With one candidate left, an answer is the greedy one, whatever the seed."""
+    greedy = ask(client, max_tokens=12, temperature=0).choices[0].message.content
+    drawn = ask(client, max_tokens=12, temperature=2, seed=1, extra_body=field)
+    free = ask(client, max_tokens=12, temperature=2, seed=1)
+    assert drawn.choices[0].message.content == greedy != free.choices[0].message.content
+
+
+def test_a_repetition_penalty_has_its_effect(client):
+    plain, other = (ask(client, max_tokens=12, temperature=0,
+                        extra_body={"repetition_penalty": x}).choices[0].message.content
+                    for x in (1, 10))
+    assert plain != other
+
+
 def test_a_model_by_its_name(client):
     assert client.models.retrieve("tiny").id == "tiny" == client.models.list().data[0].id
     with pytest.raises(openai.NotFoundError, match="no model 'a/b'"):

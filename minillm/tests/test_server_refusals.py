@@ -1,8 +1,10 @@
 """What the server refuses, and with which status: fields, bodies, paths, prompts, foreign pages."""
 import json
+import typing
 
 import openai
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 
 from minillm.serving import server
 from minillm.sft import encode_prompt
@@ -72,6 +74,19 @@ TEXT, THOUGHT = {"type": "text", "text": "x"}, {"type": "thinking", "text": "y"}
     ("frequency_penalty", 0.5, "0.5"),
     ("logprobs", True, "True"),
     ("response_format", {"type": "json_object"}, "json_object"),
+    ("top_logprobs", 3, "no effect"),
+    ("reasoning_effort", "high", "no effect"),
+    ("modalities", ["text", "audio"], "no effect"),
+    ("top_k", 0, "0"),
+    ("top_k", 1.5, "1.5"),
+    ("min_p", -0.1, "-0.1"),
+    ("min_p", 1.1, "1.1"),
+    ("repetition_penalty", 0, "0"),
+    ("repetition_penalty", "high", "high"),
+    ("messages", [{"role": "user", "content": "x", "audio": {"id": "1"}}], "'audio'"),
+    ("messages", [{"role": "user", "content": "x"},
+                  {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+                  {"role": "user", "content": "y"}], "message 1 has 'tool_calls'"),
 ])
 def test_a_field_that_does_not_fit(port, field, value, word):
     error = error_of(send(port, body=GOOD | {field: value}), 400)
@@ -89,7 +104,40 @@ def test_a_field_that_is_missing(port, missing):
 def test_values_that_ask_for_nothing_pass(client):
     ask(client, max_tokens=3, n=1, frequency_penalty=0, presence_penalty=0.0, logit_bias={},
         logprobs=False, response_format={"type": "text"}, stop=None, temperature=None,
-        user="someone", extra_body={"tools": [], "functions": None, "unknown": 3})
+        user="someone", metadata={"a": "b"}, store=False, tool_choice="auto", modalities=["text"],
+        reasoning_effort="none", extra_body={"tools": [], "functions": None})
+
+
+def test_null_is_not_given(port):
+    """In every optional field of OpenAI's schema, and in those that are unknown here."""
+    schema = typing.get_type_hints(CompletionCreateParamsNonStreaming) | {"stream": bool}
+    nothing = dict.fromkeys(schema.keys() - {"model", "messages", "max_tokens"})
+    assert {"seed", "tools", "web_search_options"} <= nothing.keys()
+    assert send(port, body=GOOD | nothing | {"mirostat": None}).status == 200
+    for options in {"include_usage": None}, {}, None:
+        assert send(port, body=GOOD | {"stream": True, "stream_options": options}).status == 200
+
+
+def test_every_field_of_openai_has_its_place():
+    """Honored, refused, or listed as ignored: a new one in their schema has to be looked at."""
+    schema = typing.get_type_hints(CompletionCreateParamsNonStreaming)
+    unlisted = {"audio", "prediction", "verbosity", "web_search_options", "prompt_cache_options",
+                "moderation"}                                            # refused as unknown
+    assert not schema.keys() - {*server.FIELDS, *server.IGNORED, *unlisted}
+
+
+@pytest.mark.parametrize("field", ["mirostat", "web_search_options", "typo" * 100])
+def test_an_unknown_field_is_refused(port, field):
+    error = error_of(send(port, body=GOOD | {field: {}}), 400)
+    assert error["param"] == field[:40] and "unknown here" in error["message"]
+
+
+def test_a_refused_prompt_leaves_nothing_in_memory(port):
+    TOKENIZER.cache.clear()
+    for i in range(3):
+        word = f"{i}".join("abcdefghij" * 5000)
+        error_of(send(port, body=GOOD | {"messages": said(word)}), 400)
+    assert not TOKENIZER.cache
 
 
 @pytest.mark.parametrize("body", [

@@ -174,6 +174,8 @@ def test_export_writes_files_that_open_again(small, capsys):
     stage, (model, tokenizer) = stages.dpo(bar=False), from_pretrained(small / "out")
     assert_same(model, stage.model)
     assert tokenizer.vocab == stage.tokenizer.vocab
+    card = (small / "out" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: apache-2.0\n") and "300" in card
     assert len(read_gguf(small / "out" / "minillm-f16.gguf")[1]) == len(model.state_dict())
     assert "Before training" not in capsys.readouterr().out
     file = small / "small" / "minillm-q8_0.gguf"

@@ -1,14 +1,16 @@
 """What the notebook on data cannot show: downloads that fail, and files that are not text."""
 import hashlib
+import os
 import random
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
 
-import minillm.storage.text_files
 from minillm.data import ENDOFTEXT
-from minillm.storage.text_files import CORPORA, corpus, download, read_documents, stream_documents
+from minillm.storage.text_files import (CORPORA, cache_folder, corpus, download, read_documents,
+                                        stream_documents)
 
 # ---- downloads
 
@@ -140,14 +142,12 @@ TOO_FEW = r"5 characters \(white space not counted\) are too few to learn from, 
     (b"a" * 2000 + b"\xe2\x82", "byte 2000 is 0xe2"),
     (b"a" * 2000 + b"\xed\xa0\x80", "byte 2000 is 0xed"),
 ])
-def test_bad_file_is_refused_before_any_is_read(tmp_path, monkeypatch, content, message):
+def test_bad_file_is_refused(tmp_path, content, message):
     (tmp_path / "bad.txt").write_bytes(content)
     paths = [tmp_path / "bad.txt"]
     if len(content) != 5:
         (tmp_path / "good.txt").write_text("word " * 1000)
         paths.insert(0, tmp_path / "good.txt")
-    monkeypatch.setattr(minillm.storage.text_files, "stream_documents",
-                        lambda path: pytest.fail("read before all were checked"))
     with pytest.raises(ValueError, match=message) as error:
         read_documents(paths)
     assert "bad.txt" in str(error.value) and "\n" not in str(error.value)
@@ -174,6 +174,40 @@ def test_documents_of_several_files(tmp_path):
     got = read_documents([str(tmp_path / "a.txt"), tmp_path / "b.txt"])
     lengths = [(name[-5:], len(text)) for name, text in got]
     assert lengths == [("a.txt", 2500), ("a.txt", 4), ("b.txt", 2**20 + 1)]
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="no pipes with a path here")
+def test_a_pipe_is_read_once():
+    """As a shell hands <(zcat book.gz) over. A second look would find it empty."""
+    end, begin = os.pipe()
+    os.write(begin, ("word " * 1000 + ENDOFTEXT + "last").encode())
+    os.close(begin)
+    documents = read_documents(f"/dev/fd/{end}")
+    os.close(end)
+    assert [len(text) for _, text in documents] == [5000, 4]
+
+
+def test_a_tilde_in_the_cache_is_the_home_folder(monkeypatch):
+    """A file of settings hands it over as it is; only a shell would expand it."""
+    monkeypatch.setenv("MINILLM_CACHE", "~/models")
+    assert cache_folder() == Path.home() / "models"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows knows no passwd")
+@pytest.mark.parametrize("cache", [None, "~/models"])
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch, cache):
+    """A container that runs under a number."""
+    import pwd
+
+    def nobody(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+    for name in "HOME", "XDG_CACHE_HOME", "MINILLM_CACHE":
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    if cache:
+        monkeypatch.setenv("MINILLM_CACHE", cache)
+    with pytest.raises(ValueError, match="MINILLM_CACHE"):
+        cache_folder()
 
 
 def test_stream_documents_cuts_like_split(tmp_path):

@@ -134,6 +134,11 @@ def change(data, path, value):
     (("added_tokens", 0, "rstrip"), True, "rstrip"),
     (("added_tokens", 0, "id"), "x", "damaged"),
     (("model",), [], "damaged"),
+    (("truncation",), {"max_length": 9, "direction": "Right"}, "truncation"),
+    (("padding",), {"pad_id": 0}, "padding"),
+    (("decoder",), {"type": "Metaspace"}, "decoder Metaspace"),
+    (("model", "cache_everything"), 1, "cache_everything"),
+    (("prepend",), "x", "prepend"),
 ])
 def test_other_tokenizers_are_refused_with_the_reason(path, value, message, tokenizer, tmp_path):
     data = change(tokenizer_json(tokenizer), path, value)
