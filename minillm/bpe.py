@@ -111,13 +111,20 @@ def bpe(piece: bytes, ranks: dict[bytes, int]) -> list[int]:
 
 # %% ../notebooks/01_tokenizer.ipynb #b89c6b06
 class PieceCache(dict):
-    """Pre-token -> ids, computed at the first look-up; emptied when it holds `limit` entries."""
-    def __init__(self, ranks: dict[bytes, int], limit: int = 2**18):
+    """Pre-token -> ids, computed at the first look-up; emptied when it holds `limit` characters.
+
+    A pre-token longer than `longest` characters is not kept, because it will hardly come again.
+    """
+    def __init__(self, ranks: dict[bytes, int], limit: int = 2**21, longest: int = 2**10):
         super().__init__()
-        self.ranks, self.limit = ranks, limit
+        self.ranks, self.limit, self.longest, self.held = ranks, limit, longest, 0
 
     def __missing__(self, piece: str) -> list[int]:
-        if len(self) >= self.limit:
-            self.clear()
-        ids = self[piece] = bpe(piece.encode(), self.ranks)
+        ids = bpe(piece.encode(), self.ranks)
+        if len(piece) <= self.longest:
+            if self.held >= self.limit:
+                self.clear()
+                self.held = 0
+            self[piece] = ids
+            self.held += len(piece)
         return ids

@@ -45,7 +45,7 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFC", text)
     text = re.sub("\r\n?|[\x85\u2028\u2029]", "\n", text)                      # all line endings
     text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff]", "", text)       # control characters
-    text = re.sub(r"[^\S\n]+\n", "\n", text)                                   # trailing spaces
+    text = re.sub(r"(?<![^\S\n])[^\S\n]++\n", "\n", text)                      # trailing spaces
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 # %% ../notebooks/06_data.ipynb #3d5a9afc
@@ -299,9 +299,10 @@ def read_tokens(path: str | Path, tokenizer: Tokenizer | None = None) -> np.memm
         if crc != header["crc32"]:
             raise ValueError("the checksum does not fit the content")
         ids = np.memmap(path, header["dtype"], "r", HEADER, (header["tokens"],))
+        made_with = header["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged or no file of write_tokens ({e}): "
                          "write it again") from None
-    if tokenizer and header["tokenizer"] != fingerprint(tokenizer):
+    if tokenizer and made_with != fingerprint(tokenizer):
         raise ValueError(f"{path} was written with another tokenizer: write it again with this one")
     return ids

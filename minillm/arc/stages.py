@@ -16,6 +16,7 @@ from minillm.arc.fit import fit
 from minillm.arc.pool import spread
 from minillm.arc.scorecard import write_texts
 from minillm.arc.sizes import Recipe, Tuning, size
+from minillm.bpe import train_merges
 from minillm.data import ENDOFTEXT, Rows, Windows, clean, encode_document, split_documents
 from minillm.dpo import Pairs, count_pairs, preference_loss, sample_pairs
 from minillm.fast_decode import FastDecoder
@@ -24,7 +25,7 @@ from minillm.model import Llama
 from minillm.quantize import quantize_model
 from minillm.sft import ASSISTANT, USER, finetune
 from minillm.storage.text_files import read_documents
-from minillm.tokenizer import Tokenizer
+from minillm.tokenizer import Tokenizer, count_pieces
 from minillm.train import Batches
 from minillm.world import Setting, World
 from minillm.world.drills import drill
@@ -52,9 +53,18 @@ def base(bar: bool = True, seed: int = 0) -> Stage:
 
 def from_files(paths: list[str], bar: bool = True) -> Stage:
     """A base model of the reader's own text files, 20,000 characters or more. Raises ValueError as
-    read_documents does."""
-    texts = tuple((name, clean(text)) for name, text in read_documents(paths, least=20_000))
-    recipe = replace(size().files, texts=texts)
+    read_documents does.
+
+    A text of few different words fills a smaller vocabulary. The files are told apart by number, so
+    that the same text from another folder is the same stage."""
+    documents = read_documents(paths, least=20_000)
+    numbers = {name: str(i) for i, name in enumerate(dict.fromkeys(name for name, _ in documents))}
+    recipe = size().files
+    recipe = replace(recipe, texts=tuple((numbers[name], clean(text)) for name, text in documents))
+    room = recipe.model.vocab_size - 256 - len(SPECIAL_TOKENS)
+    merges = train_merges(count_pieces(training_texts(recipe)[:6000], SPECIAL_TOKENS), room)
+    vocab_size = 256 + len(merges) + len(SPECIAL_TOKENS)
+    recipe = replace(recipe, model=replace(recipe.model, vocab_size=vocab_size))
     return build("own", recipe, make_base, bar, heldout_texts=heldout_texts)
 
 

@@ -1,5 +1,6 @@
 """What the notebook of the data chapter cannot show: fuzzed text, damaged files, limits."""
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -232,3 +233,17 @@ def test_any_damage_is_noticed(tmp_path, tokenizer):
         read_tokens(path, Tokenizer.train(STORIES, 301))
     with pytest.raises(ValueError, match="gone is damaged or no file"):
         read_tokens(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("text", [" " * 10**6 + "x", "\t \n" * 10**5, "a" * 10**6, "\n" * 10**6])
+def test_cleaning_takes_time_in_proportion_to_the_text(text):
+    """A run of spaces that was tried from each of its characters would take hours."""
+    assert len(clean(text)) <= len(text)
+
+
+def test_spaces_at_line_ends_are_taken_out_as_by_the_plain_rule():
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choices("a \t\n\u3000", k=rng.randrange(12)))
+        plain = re.sub(r"[^\S\n]+\n", "\n", text)
+        assert clean(text) == re.sub(r"\n{3,}", "\n\n", plain).strip()

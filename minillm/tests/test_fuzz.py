@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minillm.arc import cache, sizes
-from minillm.data import ENDOFTEXT
+from minillm.data import ENDOFTEXT, read_tokens, write_tokens
 from minillm.gguf import read_gguf
 from minillm.hub import read_config, read_tensors, save_gguf, save_pretrained
 from minillm.lora import add_lora, lora_layers, save_adapter
@@ -95,6 +95,11 @@ def text_file(folder):
     return lambda folder: read_documents(folder / "a.txt", least=1)
 
 
+def tokens_file(folder):
+    write_tokens(folder / "a.bin", [TEXT], TOKENIZER)
+    return lambda folder: read_tokens(folder / "a.bin", TOKENIZER)
+
+
 KINDS = [
     ("config.json", model_folder), ("model.safetensors", model_folder),
     ("model.safetensors.index.json", sharded_folder), ("model-0.safetensors", sharded_folder),
@@ -104,7 +109,7 @@ KINDS = [
     ("step-00000001.safetensors", checkpoint_file),
     ("model.safetensors", stage_folder), ("history.json", stage_folder),
     ("tokenizer.json", stage_folder), ("SHA256SUMS", stage_folder),
-    ("a.txt", text_file),
+    ("a.txt", text_file), ("a.bin", tokens_file),
 ]
 
 

@@ -280,6 +280,21 @@ def test_the_command_reads_own_text(small, capsys):
     assert "bits per byte" in capsys.readouterr().out
 
 
+def test_a_text_of_few_words_fills_a_smaller_vocabulary(small, monkeypatch):
+    """And from another folder it is the same stage."""
+    cut = stages.size()
+    files = replace(cut.files, model=replace(cut.files.model, vocab_size=1024))
+    monkeypatch.setattr(stages, "size", lambda: replace(cut, files=files))
+    (small / "other").mkdir()
+    text, keys = "7:00,18.5,on\n8:00,19.5,off\n" * 1000, []
+    for folder in small, small / "other":
+        (folder / "log.csv").write_text(text, encoding="utf-8")
+        stage = stages.from_files([str(folder / "log.csv")], bar=False)
+        assert stage.tokenizer.n_vocab == stage.model.config.vocab_size < 300
+        keys.append(stage.key)
+    assert keys[0] == keys[1]
+
+
 @pytest.mark.parametrize("content, word", [
     (None, "missing.txt"), (b"", "empty"), (b"\x00\x01" * 5000, "not"),
     (b"\xff\xfe" * 5000, "UTF-8"), (b"too short", "few")])
