@@ -124,7 +124,7 @@ class Llama(nn.Module):
         self.model.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.model.norm = RMSNorm(c.dim, c.norm_eps)
         self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
-        # Not a buffer: .to(bfloat16) would round the angles, and the meta device would lose them.
+        # Not a buffer: .to(bfloat16) would round them, and the meta device would lose them.
         self.rope_shape = c.head_dim, c.max_seq_len, c.rope_theta
         self.rope = rope_cache(*self.rope_shape)
         self.apply(lambda module: init_weights(module, c.n_layers))
