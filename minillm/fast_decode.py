@@ -21,8 +21,8 @@ from .model import Block, Llama, LlamaConfig, look_up
 def multiply_by(w: Tensor) -> Callable[[Tensor], Tensor]:
     """A function x (b, i) -> x @ w.T (b, o), for w (o, i).
 
-    A large w goes by bmm in four blocks of rows where b is small or a multiple of 16: there
-    F.linear is slower on the processor that we measured.
+    A large w is multiplied in four blocks of rows, by bmm, where b is small or a multiple of 16,
+    because F.linear was slower there on the processor that we measured.
     """
     w = w.detach()
     o, i = w.shape
@@ -41,8 +41,8 @@ def multiply_by(w: Tensor) -> Callable[[Tensor], Tensor]:
 def fused(*layers: nn.Module) -> Callable[[Tensor], Tensor]:
     """A function x (b, i) -> the outputs of several linear layers, concatenated (b, o).
 
-    Layers of another kind than nn.Linear, such as those in int8 of chapter 17, bring a function of
-    their own for this: `joined`.
+    Layers of another kind than nn.Linear, such as the int8 layers of chapter 17, have a function
+    of their own for this: `joined`.
     """
     kinds = {type(layer) for layer in layers}
     if kinds == {nn.Linear}:
@@ -60,12 +60,12 @@ def fused(*layers: nn.Module) -> Callable[[Tensor], Tensor]:
 
 # %% ../notebooks/23_speed.ipynb #d3c0de14
 def signed_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin (t, k/2) of rope_cache as `rotate` wants them, both (t, k)."""
+    """cos, sin (t, k/2) of rope_cache in the form that `rotate` needs, both (t, k)."""
     return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """apply_rope for all heads x (b, n, k) at one position; cos, sin (k,): of signed_angles."""
+    """apply_rope for all heads x (b, n, k) at one position, with cos, sin (k,) of signed_angles."""
     swapped = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos, swapped, sin)                      # x * cos + swapped * sin
 
@@ -77,7 +77,7 @@ def fused_norm(norm: RMSNorm) -> Callable[[Tensor], Tensor]:
 
 # %% ../notebooks/23_speed.ipynb #d3c0de16
 class DecodeBlock:
-    """A Block for one new token per row, in fewer operations, with the weights as they are now."""
+    """A Block for one new token per row, in fewer operations, with its weights as of now."""
 
     def __init__(self, block: Block, c: LlamaConfig) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -91,7 +91,7 @@ class DecodeBlock:
 
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any,
                  mask: Tensor | None) -> Tensor:
-        """x (b, d) -> (b, d); angles: cos and sin (k,) of its position; mask: (b, 1, 1, s)."""
+        """x (b, d) -> (b, d), with angles cos, sin (k,) of its position and mask (b, 1, 1, s)."""
         x = x + self.attention(self.norm_1(x), angles, cache, mask)
         return x + self.mlp(self.norm_2(x))
 
@@ -114,10 +114,10 @@ class DecodeBlock:
 
 # %% ../notebooks/23_speed.ipynb #d3c0de18
 def fused_step(model: Llama) -> Callable:
-    """A function (tokens (b,), caches, start) -> logits (b, v) that equals
+    """A function (tokens (b,), caches, start) -> logits (b, v) that computes the same as
     model(tokens[:, None], caches, start)[:, -1], for a model that is plain (see is_plain).
 
-    It works with the weights as they are now.
+    It uses the weights that the model has now.
     """
     embedding = model.model.embed_tokens
     blocks = [DecodeBlock(block, model.config) for block in model.model.layers]
@@ -137,8 +137,8 @@ def fused_step(model: Llama) -> Callable:
 
 # %% ../notebooks/23_speed.ipynb #d3c0de20
 def is_plain(model: nn.Module) -> bool:
-    """Whether this is a Llama in float32 on a CPU, without autocast, made of nothing but modules
-    that are `untouched` (fast_train) and of a class that is known or brings `joined`."""
+    """Whether this is a Llama in float32 on a CPU, without autocast, all of whose modules are
+    `untouched` (fast_train) and of a class that is known or has a `joined`."""
     if type(model) is not Llama or torch.is_autocast_enabled("cpu"):
         return False
     if not all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters()):
@@ -149,10 +149,10 @@ def is_plain(model: nn.Module) -> bool:
 
 # %% ../notebooks/23_speed.ipynb #d3c0de22
 class FastDecoder(nn.Module):
-    """A model that generates faster: called and passed like the Llama that it is made of.
+    """A model that generates faster, and is called and passed like the Llama that it wraps.
 
-    Where start is 0 it takes the weights as they are then. Single tokens go through fused_step,
-    if the model is plain (is_plain); all else, and every other model, goes through the model.
+    It takes the weights anew whenever start is 0. If the model is plain (is_plain), single tokens
+    go through fused_step; everything else, and every other model, goes through the model itself.
     Without gradients.
     """
 

@@ -21,7 +21,7 @@ from .tokenizer import Tokenizer
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """logits (..., v) with all but the k largest set to -inf (Fan et al. 2018, section 5).
 
-    Ties with the k-th stay.
+    Tokens that tie with the k-th are kept.
     """
     least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < least, -torch.inf)
@@ -30,11 +30,11 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """logits (..., v) with all but the nucleus set to -inf (Holtzman et al. 2020, section 3.1).
 
-    The nucleus: as few as possible of the most likely tokens that together reach p.
+    The nucleus is the smallest set of most likely tokens that together reach p.
     """
     ordered, order = logits.sort(descending=True)
     q = ordered.softmax(-1)
-    drop = q.cumsum(-1) - q >= p        # reached before this token: the one that crosses p stays
+    drop = q.cumsum(-1) - q >= p        # p was reached before this token
     in_place = torch.zeros_like(drop).scatter(-1, order, drop)       # undo the sorting
     return logits.masked_fill(in_place, -torch.inf)
 
@@ -47,18 +47,19 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 # %% ../notebooks/08_generation.ipynb #5b8e6d05
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide the positive and multiply the negative logits of the tokens in seen, bool (b, v).
+    """logits (b, v), where those of the tokens in seen, bool (b, v), are divided by penalty if they
+    are positive and multiplied by it if they are negative.
 
-    As libraries do it, after Keskar et al. 2019, section 4.1.
+    This is how libraries do it, after Keskar et al. 2019, section 4.1.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 # %% ../notebooks/08_generation.ipynb #78204fad
 def distribution(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, min_p: float | None = None) -> Tensor:
-    """The probabilities (..., v), float32, to draw the next token from.
+    """The probabilities (..., v), float32, from which the next token is drawn.
 
-    Temperature 0 gives all the probability to the largest logit.
+    With temperature 0 all the probability goes to the largest logit.
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
@@ -71,7 +72,7 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int | None = N
 # %% ../notebooks/08_generation.ipynb #1db16118
 def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
                    min_p: float | None = None, repetition_penalty: float = 1.0) -> None:
-    """Raises ValueError, naming the value, for settings that make no distribution."""
+    """Raises ValueError, naming the value, for settings that define no distribution."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 (greedy) or above, and finite: got {temperature}")
     if top_k is not None and top_k < 1:
@@ -88,7 +89,8 @@ def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: fl
 class KVCache:
     """Keys and values of one layer, (b, g, length, k) each, allocated once, filled from the left.
 
-    padding, int64 (b,), goes to attend: so many positions at the left of each row are padding.
+    padding, int64 (b,), says how many positions at the left of each row are padding; attend hides
+    them.
     """
 
     def __init__(self, batch: int, n_kv_heads: int, length: int, head_dim: int,
@@ -99,7 +101,7 @@ class KVCache:
         self.length, self.padding = 0, padding
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add k, v (b, g, t, k); returns those of all positions so far.
+        """Add k, v (b, g, t, k), and return those of all positions so far.
 
         Raises ValueError if they do not fit.
         """
@@ -113,7 +115,7 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def truncate(self, n: int) -> None:
-        """Forget all but the first n positions. Raises ValueError if it does not hold so many."""
+        """Forget all but the first n positions. Raises ValueError if the cache holds fewer."""
         if not 0 <= n <= self.length:
             raise ValueError(f"the cache holds {self.length} tokens: it cannot keep {n}")
         self.length = n
@@ -128,8 +130,8 @@ def make_caches(model: nn.Module, batch: int, length: int,
 
 # %% ../notebooks/08_generation.ipynb #d8ad2ded
 def pad_left(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Prompts (lists of ids) as a batch: ids int64 (b, t), filled up with pad_id on the left, and
-    padding int64 (b,), how far.
+    """Prompts (lists of ids) as a batch: ids int64 (b, t), padded with pad_id on the left, and
+    padding int64 (b,), the number of padding tokens in each row.
 
     Raises ValueError if there is no prompt, or an empty one.
     """
@@ -144,7 +146,7 @@ def pad_left(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 # %% ../notebooks/08_generation.ipynb #93667795
 def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int,
                  padding: Tensor | None = None) -> None:
-    """Raises TypeError or ValueError unless each row of ids (b, t) has a token, and all of them
+    """Raises TypeError or ValueError unless every row of ids (b, t) has at least one token and they
     fit into the model together with the new ones."""
     check_ids(ids, 0, model.config)
     (b, t), room = ids.shape, model.config.max_seq_len
@@ -164,7 +166,7 @@ def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int,
 
 # %% ../notebooks/08_generation.ipynb #fe21b7b1
 def seen_tokens(ids: Tensor, vocab_size: int, padding: Tensor | None = None) -> Tensor:
-    """Which tokens occur in each row of ids (b, t), padding left out: bool (b, v)."""
+    """Which tokens occur in each row of ids (b, t), not counting the padding: bool (b, v)."""
     real = torch.ones_like(ids, dtype=torch.bool)
     if padding is not None:
         real = torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]        # (b, t)
@@ -177,7 +179,7 @@ def steps(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float
           **cuts: float | None) -> Iterator[Tensor]:
     """Yield the next token of each row, int64 (b,), max_new_tokens times.
 
-    cuts: top_k, top_p, min_p. See generate, which checks the arguments.
+    cuts: top_k, top_p and min_p. The arguments are those of generate, which checks them.
     """
     caches = make_caches(model, len(ids), ids.shape[1] + max_new_tokens, padding)
     rng = torch.Generator(ids.device).manual_seed(seed)
@@ -185,7 +187,7 @@ def steps(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float
     if repetition_penalty != 1:
         seen = seen_tokens(ids, model.config.vocab_size, padding)
     for _ in range(max_new_tokens):
-        with torch.no_grad():                       # the model alone: not what happens at a yield
+        with torch.no_grad():                       # around the model alone, not the yield
             logits = model(ids, caches, caches[0].length)[:, -1].float()
         if seen is not None:
             logits = penalize(logits, seen, repetition_penalty)
@@ -204,13 +206,14 @@ def generate(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: fl
              top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
              repetition_penalty: float = 1.0, stop: int | None = None, seed: int = 0,
              padding: Tensor | None = None) -> Tensor:
-    """Continue ids, int64 (b, t), by up to max_new_tokens: (b, t + n), where n steps were enough
-    for all rows to meet `stop`.
+    """Continue ids, int64 (b, t), by n <= max_new_tokens tokens: (b, t + n). It ends early when all
+    rows have reached the token `stop`.
 
-    model: a Llama, or a module with the same call, model(ids, caches, start). A row is filled with
-    the token `stop` once it has met it. temperature divides the logits, 0 takes the most likely
-    token; top_k, top_p, min_p and repetition_penalty: see keep_top_k and so on. padding (b,): how
-    far each row is filled up on the left, from pad_left. The same seed gives the same tokens.
+    model: a Llama, or a module with the same call, model(ids, caches, start). A row that has
+    reached `stop` is filled with it. temperature divides the logits; 0 takes the most likely token.
+    For top_k, top_p, min_p and repetition_penalty see keep_top_k, keep_top_p, keep_min_p and
+    penalize. padding (b,): the number of padding tokens on the left of each row, from pad_left. The
+    same seed gives the same tokens.
 
     Raises ValueError, before any work, for a setting out of range, an empty prompt, or more tokens
     than max_seq_len.
@@ -230,9 +233,9 @@ def generate(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: fl
 
 # %% ../notebooks/08_generation.ipynb #f5dc762e
 def pieces(tokenizer: Tokenizer, ids: Iterable[int], stop: int | None = None) -> Iterator[str]:
-    """Yield the text of ids bit by bit, up to the token `stop`.
+    """Yield the text of ids piece by piece, up to the token `stop`.
 
-    Bytes wait until their character is whole.
+    Bytes are held back until their character is complete.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for i in ids:
@@ -248,10 +251,10 @@ def stream(model: nn.Module, tokenizer: Tokenizer, ids: Tensor, max_new_tokens: 
            temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
            min_p: float | None = None, repetition_penalty: float = 1.0, stop: int | None = None,
            seed: int = 0) -> Iterator[str]:
-    """Iterate over the continuation of ids (1, t) as text, up to `stop`.
+    """Iterate over the continuation of ids (1, t) as text, up to the token `stop`.
 
-    Each piece comes as soon as its characters are whole. Arguments and errors as in generate, whose
-    text it is; one row only.
+    Each piece comes as soon as its characters are complete; together they are the text of generate,
+    which has the same arguments and errors. One row only.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     check_prompt(model, ids, max_new_tokens)

@@ -25,7 +25,7 @@ from .quantize import Int4Linear, find_linears, named, quantize_model
 @torch.no_grad()
 def input_squares(model: Llama, names: Iterable[str],
                   batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """{name: X^T X / n, float64 (in, in)}, X (n, in) all inputs of that layer over the batches.
+    """{name: X^T X / n, float64 (in, in)}, where X (n, in) are all inputs of that layer.
 
     batches: tensors of ids (b, t), on the device of the model, which reads them. Raises ValueError
     if there is no batch, or if the inputs of a layer are not finite."""
@@ -54,9 +54,9 @@ def input_squares(model: Llama, names: Iterable[str],
 def compensation(square: Tensor, damp: float = 0.01) -> Tensor:
     """The upper Cholesky factor U (i, i) of the inverse of square, damped.
 
-    damp times the mean of its diagonal is added to the diagonal first. Row j of U over U_jj: how
-    the columns from j on move for each unit by which column j was moved (Frantar et al. 2022,
-    section 4, step 3)."""
+    First, damp times the mean of its diagonal is added to the diagonal. Row j of U divided by U_jj
+    says how far the columns from j on move for each unit by which column j moved (Frantar et al.
+    2022, section 4, step 3)."""
     more = damp * square.diag().mean() + 1e-12
     damped = square + more * torch.eye(len(square), dtype=square.dtype, device=square.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -67,10 +67,10 @@ def gptq(square: Tensor, weight: Tensor, group: int = 64, bits: int = 4,
          damp: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 (o, i), scale and zero (o, n), rounded column by column (Frantar et al. 2022).
 
-    They mean what those of quantize_groups do. square (i, i): see input_squares. Each column's
-    error is made up for by those after it. A group gets its scales when its first column is
-    reached, from its weights as they are then. Raises as quantize_groups, and ValueError if square
-    does not fit.
+    They have the same meaning as those of quantize_groups. square (i, i): see input_squares. The
+    columns after each column compensate for its error. A group gets its scales when its first
+    column is reached, from its weights as they are then. Raises as quantize_groups, and ValueError
+    if square does not fit.
     """
     if square.shape != (weight.shape[1],) * 2:
         raise ValueError(f"square must be ({weight.shape[1]}, {weight.shape[1]}) for a weight "
@@ -95,8 +95,8 @@ def quantize_gptq(model: Llama, batches: Sequence[Tensor], group: int = 64, bits
     """Replace the linear layers of the blocks by Int4Linear rounded by GPTQ, block by block.
 
     In place; returns the model. batches: a list of ids (b, t) without padding, on the device of the
-    model, text like that which it will read. Raises as quantize_model, in_groups, check_bits and
-    input_squares, and leaves the model as it was then.
+    model, of text like that which it will read. Raises as quantize_model, in_groups, check_bits and
+    input_squares, in which case the model stays as it was.
     """
     found = find_linears(model, targets)
     blocks = [f"model.layers.{i}." for i in range(model.config.n_layers)]
@@ -115,16 +115,16 @@ def quantize_gptq(model: Llama, batches: Sequence[Tensor], group: int = 64, bits
 
 # %% ../notebooks/17_quantization.ipynb #41923851
 def rounding_error(weight: Tensor, square: Tensor, factor: Tensor, group: int, bits: int) -> float:
-    """The mean square of the change of a layer's output when weight is rounded.
+    """The mean square by which the output of a layer changes when its weight is rounded.
 
-    Its columns are multiplied by factor (i,) before, and divided by it after."""
+    The columns are multiplied by factor (i,) before rounding, and divided by it afterwards."""
     rounded = dequantize_groups(*quantize_groups(weight * factor, group, bits), group)
     moved = rounded / factor - weight
     return ((moved.double() @ square) * moved).sum().item()
 
 # %% ../notebooks/17_quantization.ipynb #6a49b240
 def as_they_are(sizes: Tensor) -> Tensor:
-    """sizes: every input may have a factor of its own."""
+    """The sizes unchanged: every input may have its own factor."""
     return sizes
 
 
@@ -132,8 +132,8 @@ def best_factor(weights: Sequence[Tensor], square: Tensor, group: int, bits: int
                 average: Callable[[Tensor], Tensor] = as_they_are) -> Tensor:
     """Factors (i,) for the columns of weights that share their inputs (Lin et al. 2023, 3.2).
 
-    Of 20 that are tried, those with the least error of the outputs. average: makes the sizes of
-    inputs (i,) equal where they must have one factor."""
+    Of the 20 that are tried, those with the smallest error of the outputs. average makes the sizes
+    of the inputs (i,) equal where they have to share a factor."""
     size = average(square.diag().sqrt().float())
     size = (size / size.max().clamp(min=TINY)).clamp(min=1e-4)   # a size of 0: it never occurs
 
@@ -149,7 +149,7 @@ def best_factor(weights: Sequence[Tensor], square: Tensor, group: int, bits: int
 # %% ../notebooks/17_quantization.ipynb #678ca045
 @dataclass(frozen=True)
 class Fold:
-    """Layers that share their inputs, and the norm or layer that these come from."""
+    """Layers that share their inputs, and the norm or layer that produces these."""
 
     layers: tuple[nn.Linear, ...]
     source: nn.Module
@@ -157,12 +157,12 @@ class Fold:
 
 
 def folds(model: Llama, i: int) -> list[Fold]:
-    """The four places of block i where factors go into the weights."""
+    """The four places of block i where factors are folded into the weights."""
     layer, c = model.model.layers[i], model.config
     a, m = layer.self_attn, layer.mlp
 
     def by_value(sizes):
-        """One size for each entry of a value: the mean over the heads that read it."""
+        """One size per entry of a value: the mean over the heads that read it."""
         heads = sizes.view(c.n_kv_heads, -1, c.head_dim)
         mean = heads.mean(1, keepdim=True)
         return mean.expand(-1, c.n_heads // c.n_kv_heads, -1).flatten()
@@ -175,9 +175,9 @@ def folds(model: Llama, i: int) -> list[Fold]:
 # %% ../notebooks/17_quantization.ipynb #7b3ac35f
 def fold(layers: Sequence[nn.Linear], source: nn.Module, factor: Tensor,
          config: LlamaConfig) -> None:
-    """Multiply the columns of layers by factor (i,), and divide what makes their inputs by it.
+    """Multiply the columns of layers by factor (i,), and divide what produces their inputs by it.
 
-    Their outputs stay."""
+    Their outputs stay the same."""
     for layer in layers:
         layer.weight.mul_(factor)
     if source.weight.ndim == 1:                          # a norm
@@ -191,12 +191,12 @@ def fold(layers: Sequence[nn.Linear], source: nn.Module, factor: Tensor,
 # %% ../notebooks/17_quantization.ipynb #7eb84312
 @torch.no_grad()
 def scale_awq(model: Llama, batches: Iterable[Tensor], group: int = 64, bits: int = 4) -> Llama:
-    """Change the weights of a Llama so that its blocks lose less by quantize_groups.
+    """Change the weights of a Llama so that its blocks lose less when quantize_groups rounds them.
 
-    In place; the model computes the same, and is returned. batches: as in quantize_gptq. Raises as
-    quantize_model and input_squares, before anything is changed."""
+    In place; the model computes the same as before, and is returned. batches: as in quantize_gptq.
+    Raises as quantize_model and input_squares, before anything is changed."""
     found = find_linears(model, TARGETS)
-    for name, linear in found.items():      # refuses now what could not be quantized later
+    for name, linear in found.items():      # refuse now what could not be quantized later
         named(name, partial(Int4Linear, group=group, bits=bits), linear)
     names = {id(m): n for n, m in found.items()}
     squares = input_squares(model, found, batches)
@@ -204,7 +204,7 @@ def scale_awq(model: Llama, batches: Iterable[Tensor], group: int = 64, bits: in
     for i in range(model.config.n_layers):
         for place in folds(model, i):
             weights = [layer.weight for layer in place.layers]
-            square = squares[names[id(place.layers[0])]]      # that of all: they share their inputs
+            square = squares[names[id(place.layers[0])]]      # the same for all: they share inputs
             factor = best_factor(weights, square, group, bits, place.average)
             planned.append((place, factor))
     for place, factor in planned:

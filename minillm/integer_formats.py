@@ -15,8 +15,8 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def check_weight(weight: Tensor) -> None:
-    """Raises TypeError unless weight is a tensor of floating-point numbers, ValueError if it is
-    empty or has a number that is not finite."""
+    """Raises TypeError unless weight is a floating-point tensor, and ValueError if it is empty or
+    contains a number that is not finite."""
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         found = getattr(weight, "dtype", type(weight).__name__)
         raise TypeError(
@@ -44,10 +44,10 @@ def check_dim(weight: Tensor, dim: int | None) -> None:
 def quantize_absmax(weight: Tensor, dim: int | None = 1, bits: int = 8) -> tuple[Tensor, Tensor]:
     """weight -> codes int8 and scale float32, so that weight is about codes * scale.
 
-    With 8 bits the codes run from -127 to 127. dim=None: one scale, of shape (). Otherwise one for
-    each slice along dim, which has length 1 in its shape: dim=1 of a weight (o, i) gives (o, 1), a
-    scale for each row. The error is at most scale / 2. Raises as check_weight, check_dim and
-    check_bits.
+    With 8 bits the codes run from -127 to 127. dim=None: one scale, of shape (). Otherwise the
+    numbers along dim share a scale, and dim has length 1 in its shape: dim=1 of a weight (o, i)
+    gives (o, 1), a scale for each row. The error is at most scale / 2. Raises as check_weight,
+    check_dim and check_bits.
     """
     check_weight(weight)
     check_dim(weight, dim)
@@ -62,8 +62,8 @@ def quantize_absmax(weight: Tensor, dim: int | None = 1, bits: int = 8) -> tuple
 def in_groups(weight: Tensor, group: int) -> Tensor:
     """weight (o, i) as (o, n, group), n = i / group rounded up.
 
-    Zeros fill the last group of each row. Raises ValueError unless weight is a matrix and group a
-    whole number from 1."""
+    The last group of each row is padded with zeros. Raises ValueError unless
+    weight is a matrix and group a whole number from 1."""
     if weight.ndim != 2:
         raise ValueError(f"weight must be a matrix (out, in): got shape {tuple(weight.shape)}")
     if not isinstance(group, int) or group < 1:
@@ -81,8 +81,9 @@ def quantize_zeropoint(weight: Tensor, dim: int | None = 1,
                        bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """weight -> codes, scale, zero: weight is about (codes - zero) * scale.
 
-    codes uint8 from 0 to 2**bits - 1, scale float32 and zero uint8. The range of a slice along dim
-    (None: of all) is that of its values and 0. Shapes and errors as in quantize_absmax.
+    codes uint8 from 0 to 2**bits - 1, scale float32 and zero uint8. The numbers along dim (None:
+    all of them) share a scale and a zero, whose range covers them and 0. Shapes and errors as in
+    quantize_absmax.
     """
     check_weight(weight)
     check_dim(weight, dim)
@@ -100,12 +101,12 @@ def quantize_zeropoint(weight: Tensor, dim: int | None = 1,
 def to_codes(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """The codes uint8 nearest to w.
 
-    The sum is one of floats: in uint8 it would wrap around before it is cut off at the ends."""
+    Computed in floats, because in uint8 the sum would wrap around before it is clamped."""
     return (w / scale + zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
 
 
 def from_codes(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """What codes stand for, float32. (In uint8 the difference would wrap around.)"""
+    """The numbers float32 that codes stand for. (In uint8 the difference would wrap around.)"""
     return (codes.float() - zero.float()) * scale
 
 # %% ../notebooks/17_quantization.ipynb #e0d63657
@@ -113,8 +114,8 @@ def quantize_groups(weight: Tensor, group: int = 64,
                     bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     """weight (o, i) -> codes uint8 (o, i), scale float32 (o, n) and zero uint8 (o, n).
 
-    There is one scale and one zero for each run of `group` weights of a row; the last run of a row
-    may be shorter. Raises as check_weight, in_groups and check_bits."""
+    Each run of `group` weights of a row has one scale and one zero; the last run of a row may be
+    shorter. Raises as check_weight, in_groups and check_bits."""
     check_weight(weight)
     codes, scale, zero = quantize_zeropoint(in_groups(weight.detach(), group), -1, bits)
     codes = codes.flatten(1)[:, :weight.shape[1]].contiguous()
@@ -122,7 +123,7 @@ def quantize_groups(weight: Tensor, group: int = 64,
 
 
 def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor, group: int = 64) -> Tensor:
-    """The weight (o, i), float32, that codes, scale and zero of quantize_groups stand for."""
+    """The weight (o, i), float32, that the codes, scale and zero of quantize_groups stand for."""
     i = codes.shape[1]
     return from_codes(codes, by_column(scale, group, i), by_column(zero, group, i))
 
@@ -141,7 +142,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The n codes uint8 (n,) that pack made `packed` of."""
+    """The n codes uint8 (n,) from which pack made `packed`."""
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     line = (packed[:, None] >> places) & 1                           # a bit per entry
     codes = line.flatten()[:n * bits].view(n, bits)

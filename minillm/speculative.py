@@ -12,14 +12,15 @@ from .generate import check_prompt, check_sampling, distribution, make_caches
 
 
 def verify(p: Tensor, q: Tensor, drafted: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Decide on proposals so that what stays is distributed as p.
+    """Accept or refuse proposals so that the tokens that are kept are distributed as p.
 
     Algorithm 1 of Leviathan et al. 2023.
 
     p (b, n + 1, v), q (b, n, v): distributions of target and draft; drafted (b, n): tokens drawn
-    from q. Returns the tokens that stay, (b, m + 1), where m is the number of proposals accepted in
-    every row and the last token is drawn anew where it was refused or is new; and which proposals
-    passed, bool (b, n).
+    from q. Returns the tokens that are kept, (b, m + 1), and which proposals passed, bool (b, n). m
+    is the number of proposals that were accepted in every row. The token after them is the row's
+    own proposal if it passed there, and otherwise drawn from the leftover; if all proposals were
+    accepted, it is a new token drawn from p.
     """
     n = drafted.shape[1]
     p_of_drafted, q_of_drafted = (z[:, :n].gather(2, drafted[..., None])[..., 0] for z in (p, q))
@@ -27,9 +28,9 @@ def verify(p: Tensor, q: Tensor, drafted: Tensor, rng: torch.Generator) -> tuple
     passed = torch.rand(ratio.shape, generator=rng, device=p.device) < ratio
     m = int(passed.all(0).cumprod(0).sum())                              # accepted in all rows
     rest = p[:, m] if m == n else (p[:, m] - q[:, m]).clamp(min=0)
-    # where p = q nothing is left to draw from, and nothing is needed
+    # where p = q there is no leftover, and no refusal either
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, m])
-    last = torch.multinomial(rest, 1, generator=rng)                     # it divides by the sum
+    last = torch.multinomial(rest, 1, generator=rng)                     # normalizes by itself
     if m < n:
         last = torch.where(passed[:, m:m + 1], drafted[:, m:m + 1], last)
     return torch.cat((drafted[:, :m], last), dim=1), passed
@@ -37,9 +38,10 @@ def verify(p: Tensor, q: Tensor, drafted: Tensor, rng: torch.Generator) -> tuple
 # %% ../notebooks/08_generation.ipynb #fbe2a67b
 @torch.no_grad()
 def read(model: nn.Module, caches: list, ids: Tensor, last: int, temperature: float) -> Tensor:
-    """The distributions after the `last` newest tokens of ids: (b, last, v).
+    """The distributions of the next token after each of the `last` newest tokens of ids:
+    (b, last, v).
 
-    The beginning of ids is in the caches already; the model reads the rest.
+    The caches already hold the beginning of ids; the model reads the rest.
     """
     start = caches[0].length
     logits = model(ids[:, start:], caches, start)
@@ -48,8 +50,8 @@ def read(model: nn.Module, caches: list, ids: Tensor, last: int, temperature: fl
 
 def propose(model: nn.Module, caches: list, ids: Tensor, n: int, temperature: float,
             rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """ids (b, t) continued by n >= 1 tokens that the draft draws, and the distributions that they
-    are drawn from, (b, n, v)."""
+    """ids (b, t) continued by n >= 1 tokens that the draft draws, and the distributions from which
+    it draws them, (b, n, v)."""
     q = []
     for _ in range(n):
         q.append(read(model, caches, ids, 1, temperature))
@@ -61,9 +63,10 @@ def speculate(model: nn.Module, draft: nn.Module, ids: Tensor, max_new_tokens: i
               temperature: float = 1.0, seed: int = 0) -> tuple[Tensor, float]:
     """Continue ids (b, t) with tokens distributed as those of generate.
 
-    `draft` proposes k tokens at a time, `model` checks them. Returns ids (b, t + max_new_tokens),
-    and the acceptance rate: the share of proposals accepted, of those that were reached. Raises
-    ValueError as generate does, and if k < 1 or the models have different vocabularies.
+    `draft` proposes k tokens at a time, and `model` checks them. Returns ids
+    (b, t + max_new_tokens), and the acceptance rate: of the proposals that were reached, the share
+    that was accepted. Raises ValueError as generate does, and if k < 1 or the two models have
+    vocabularies of different sizes.
     """
     check_sampling(temperature)
     for m in (model, draft):
@@ -75,7 +78,7 @@ def speculate(model: nn.Module, draft: nn.Module, ids: Tensor, max_new_tokens: i
     caches, draft_caches = (make_caches(m, len(ids), end) for m in (model, draft))
     accepted = reached = 0
     while (t := ids.shape[1]) < end:
-        n = max(1, min(k, end - t - 1))                    # one token comes from the model itself
+        n = max(1, min(k, end - t - 1))                    # one comes from the model itself
         longer, q = propose(draft, draft_caches, ids, n, temperature, rng)
         p = read(model, caches, longer, n + 1, temperature)
         kept, passed = verify(p, q, longer[:, t:], rng)
