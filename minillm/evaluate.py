@@ -389,7 +389,7 @@ def failure_lines(wrong: Sequence[Graded], width: int = 160) -> list[str]:
     return lines
 
 # %% ../notebooks/18_evaluation.ipynb #18a00147
-LEVELS = ("What it can do", "What it does some of the time", "No better than guessing")
+LEVELS = ("What it can do", "What it does some of the time", "Not shown to be better than guessing")
 
 
 def report_card(name: str, graded: Sequence[Graded], notes: Sequence[str] = (),
