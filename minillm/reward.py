@@ -43,6 +43,10 @@ class Answers:
         """The position of the last token of each answer: int64 (p, n)."""
         return self.mask.sum(-1) - 1
 
+    def to(self, device: torch.device | str) -> "Answers":
+        """The same answers on a device."""
+        return Answers(*(z.to(device) for z in (self.prompts, self.padding, self.ids, self.mask)))
+
     def ended(self, end: int) -> Tensor:
         """Whether each answer ends with the token `end`: bool (p, n)."""
         return self.ids.gather(-1, self.last.clamp(min=0)[..., None])[..., 0] == end
@@ -159,7 +163,8 @@ class RewardModel(nn.Module):
         super().__init__()
         self.trunk, self.end = copy.deepcopy(model), end
         self.trunk.lm_head = nn.Identity()
-        self.head = nn.Linear(model.config.dim, 1, bias=False)
+        device = next(model.parameters()).device
+        self.head = nn.Linear(model.config.dim, 1, bias=False, device=device)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, answers: Answers) -> Tensor:
@@ -234,7 +239,7 @@ def learned_reward(model: RewardModel, tokenizer: Tokenizer, anchor: str, scale:
         ended, last = answers.ended(model.end), answers.last[..., None]
         closed = replace(answers, ids=answers.ids.scatter(-1, last, model.end))
         prompts = [messages for messages, _ in asked]
-        anchors = model(pack_answers(prompts, [[anchor]] * len(prompts), tokenizer))    # (p, 1)
-        rewards = scale * (model(closed) - anchors)
+        anchors = pack_answers(prompts, [[anchor]] * len(prompts), tokenizer).to(last.device)
+        rewards = scale * (model(closed) - model(anchors))                       # (p, n) - (p, 1)
         return rewards.masked_fill(~ended, missing)
     return reward

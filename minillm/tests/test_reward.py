@@ -78,6 +78,12 @@ def test_the_end_token_is_told_from_padding_of_the_same_id(tokenizer, end):
     assert decode_answers(short, tokenizer)[0] == [*TEXTS[0][:2], None]
 
 
+def test_answers_move_to_a_device_with_all_that_they_have(tokenizer):
+    there = pack_answers(PROMPTS, TEXTS, tokenizer).to("meta")
+    assert {z.device.type for z in vars(there).values()} == {"meta"}
+    assert RewardModel(tiny().to("meta"), 0).head.weight.device.type == "meta"
+
+
 @pytest.mark.parametrize("texts, message", [
     ([["a", "b"], ["c"], ["d", "e"]], r"groups of \[2, 1, 2\]"),
     ([["a"], ["b"]], r"3 prompts .* groups of \[1, 1\]"),
