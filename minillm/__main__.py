@@ -44,7 +44,7 @@ def arc() -> None:
             scorecard.score("base", base.model, base.tokenizer, setting=base.setting)]
     print(scorecard.table(rows))
     chat = stages.chat()
-    for name in "chat", "lora", "dpo", "int8":
+    for name in "chat", "lora", "rlhf", "dpo", "int8":
         stage = getattr(stages, name)()
         before = None if name == "chat" else chat.model
         rows.append(scorecard.score(name, stage.model, stage.tokenizer, before, base.setting))

@@ -4,11 +4,11 @@
 # %% auto #0
 __all__ = ['keep_top_k', 'keep_top_p', 'keep_min_p', 'penalize', 'distribution', 'check_sampling',
            'KVCache', 'make_caches', 'pad_left', 'check_prompt', 'seen_tokens', 'steps',
-           'generate', 'pieces', 'stream']
+           'stop_ids', 'generate', 'pieces', 'stream']
 
 # %% ../notebooks/08_generation.ipynb #0003ef74
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +73,9 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int | None = N
 def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
                    min_p: float | None = None, repetition_penalty: float = 1.0) -> None:
     """Raises ValueError, naming the value, for settings that define no distribution."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (greedy) or above, and finite: got {temperature}")
+    if temperature != 0 and not 1e-3 <= temperature < float("inf"):
+        raise ValueError("temperature must be 0 (greedy), or 0.001 or more and finite: "
+                         f"got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None to keep all: got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -189,6 +190,9 @@ def steps(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float
     for _ in range(max_new_tokens):
         with torch.no_grad():                       # around the model alone, not the yield
             logits = model(ids, caches, caches[0].length)[:, -1].float()
+        if not logits.isfinite().all():
+            raise ValueError("the model gives logits that are not finite: has its training "
+                             "diverged, or is its file damaged?")
         if seen is not None:
             logits = penalize(logits, seen, repetition_penalty)
         if temperature == 0:
@@ -201,19 +205,26 @@ def steps(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float
         yield new
         ids = new[:, None]
 
+# %% ../notebooks/08_generation.ipynb #54d58465
+def stop_ids(stop: int | Collection[int] | None) -> list[int]:
+    """The tokens that end a text: none, one, or several (LLaMA 3 has two)."""
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, int) else list(stop)
+
 # %% ../notebooks/08_generation.ipynb #54d58464
 def generate(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
-             repetition_penalty: float = 1.0, stop: int | None = None, seed: int = 0,
-             padding: Tensor | None = None) -> Tensor:
+             repetition_penalty: float = 1.0, stop: int | Collection[int] | None = None,
+             seed: int = 0, padding: Tensor | None = None) -> Tensor:
     """Continue ids, int64 (b, t), by n <= max_new_tokens tokens: (b, t + n). It ends early when all
-    rows have reached the token `stop`.
+    rows have reached the token `stop`, or one of several.
 
     model: a Llama, or a module with the same call, model(ids, caches, start). A row that has
-    reached `stop` is filled with it. temperature divides the logits; 0 takes the most likely token.
-    For top_k, top_p, min_p and repetition_penalty see keep_top_k, keep_top_p, keep_min_p and
-    penalize. padding (b,): the number of padding tokens on the left of each row, from pad_left. The
-    same seed gives the same tokens.
+    reached one is filled with `stop` (the first of several). temperature divides the logits; 0
+    takes the most likely token. For top_k, top_p, min_p and repetition_penalty see keep_top_k,
+    keep_top_p, keep_min_p and penalize. padding (b,): the number of padding tokens on the left of
+    each row, from pad_left. The same seed gives the same tokens.
 
     Raises ValueError, before any work, for a setting out of range, an empty prompt, or more tokens
     than max_seq_len.
@@ -221,26 +232,32 @@ def generate(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: fl
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     check_prompt(model, ids, max_new_tokens, padding)
     done, columns = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), [ids]
+    stops = torch.tensor(stop_ids(stop), dtype=torch.long, device=ids.device)
     for new in steps(model, ids, max_new_tokens, temperature, repetition_penalty, seed, padding,
                      top_k=top_k, top_p=top_p, min_p=min_p):
-        if stop is not None:
-            new[done] = stop
-            done |= new == stop
+        if len(stops):
+            new[done] = stops[0]
+            done |= torch.isin(new, stops)
         columns.append(new[:, None])
-        if stop is not None and done.all():
+        if len(stops) and done.all():
             break
     return torch.cat(columns, dim=1)
 
 # %% ../notebooks/08_generation.ipynb #f5dc762e
-def pieces(tokenizer: Tokenizer, ids: Iterable[int], stop: int | None = None) -> Iterator[str]:
+def pieces(tokenizer: Tokenizer, ids: Iterable[int],
+           stop: int | Collection[int] | None = None) -> Iterator[str]:
     """Yield the text of ids piece by piece, up to the token `stop`.
 
-    Bytes are held back until their character is complete.
+    Bytes are held back until their character is complete. Raises ValueError for an id that the
+    tokenizer does not have, as decode does: a model may have more rows than there are tokens.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    stops, decoder = stop_ids(stop), codecs.getincrementaldecoder("utf-8")("replace")
     for i in ids:
-        if i == stop:
+        if i in stops:
             break
+        if i not in tokenizer.vocab:
+            raise ValueError(f"the model wrote the id {i}, and the tokenizer has only "
+                             f"{tokenizer.n_vocab} tokens: do they belong together?")
         if text := decoder.decode(tokenizer.vocab[i]):
             yield text
     if text := decoder.decode(b"", final=True):
@@ -249,8 +266,8 @@ def pieces(tokenizer: Tokenizer, ids: Iterable[int], stop: int | None = None) ->
 # %% ../notebooks/08_generation.ipynb #85bec618
 def stream(model: nn.Module, tokenizer: Tokenizer, ids: Tensor, max_new_tokens: int,
            temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-           min_p: float | None = None, repetition_penalty: float = 1.0, stop: int | None = None,
-           seed: int = 0) -> Iterator[str]:
+           min_p: float | None = None, repetition_penalty: float = 1.0,
+           stop: int | Collection[int] | None = None, seed: int = 0) -> Iterator[str]:
     """Iterate over the continuation of ids (1, t) as text, up to the token `stop`.
 
     Each piece comes as soon as its characters are complete; together they are the text of generate,

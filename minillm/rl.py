@@ -311,7 +311,8 @@ def ppo(policy: Llama, reference: Llama, tokenizer: Tokenizer,
     check_reference(policy, reference)
     optimizer, draws, log = AdamW(policy, weight_decay=0), decoder(policy), []
     critic = nn.Linear(policy.config.dim, 1).to(next(policy.parameters()).device)
-    nn.init.zeros_(critic.weight)
+    for p in critic.parameters():
+        nn.init.zeros_(p)                  # a run depends on its seed alone
     critic_optimizer = AdamW(critic, weight_decay=0)
     for step in range(c.steps):
         part = questions_of(step, asked, c)

@@ -50,6 +50,7 @@ class Size:
     chat: Tuning
     lora: Tuning
     dpo: Tuning
+    rlhf: Tuning
 
 
 # Drills first (see world/drills.py), then stories.
@@ -72,7 +73,11 @@ LORA = Tuning(TrainConfig(steps=160, lr=1e-2, warmup=10, min_lr=0.02, weight_dec
 # bfloat16 shows.
 DPO = Tuning(TrainConfig(steps=110, lr=3.5e-5, warmup=5, weight_decay=0, precision="float32"),
              examples=900)
-CPU = Size(STORIES, FILES, CHAT, LORA, DPO)
+# Each rollout is of answers to batch_size questions, stages.GROUP to each. With half as many
+# answers and a higher rate, more of them become text that is no answer.
+RLHF = Tuning(TrainConfig(steps=20, lr=7e-5, warmup=5, weight_decay=0, precision="float32"),
+              examples=900, batch_size=16)
+CPU = Size(STORIES, FILES, CHAT, LORA, DPO, RLHF)
 
 
 def widened(recipe: Recipe) -> Recipe:
@@ -88,7 +93,7 @@ def with_rate(recipe: Recipe | Tuning, lr: float) -> Recipe | Tuning:
 
 # The stories and dialogues of cpu for a larger model.
 MEDIUM = Size(with_rate(widened(STORIES), 1.2e-2), widened(FILES), with_rate(CHAT, 2.5e-3), LORA,
-              with_rate(DPO, 2e-5))
+              with_rate(DPO, 2e-5), with_rate(RLHF, 3e-5))
 
 # More of everything in a story, so that there is something to learn. The vocabulary stays: the
 # words of the world fill no larger one. Where a batch is long it comes in two halves, so that 8 GB
@@ -113,7 +118,8 @@ GPU = Size(
     dpo=Tuning(
         TrainConfig(steps=100, lr=2e-5, warmup=10, weight_decay=0, precision="float32",
                     accumulate=2),
-        examples=1600, compiling=True))
+        examples=1600, compiling=True),
+    rlhf=replace(with_rate(RLHF, 2e-5), examples=1600))
 SIZES = {"cpu": CPU, "medium": MEDIUM, "gpu": GPU}
 
 

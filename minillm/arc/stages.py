@@ -4,6 +4,7 @@ Another stage is added here, with its settings in minillm/arc/sizes.py. With ano
 random in training is drawn anew, in a stage and in those before it; the stories, dialogues and
 questions that the stages learn from and are scored on stay the same.
 """
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from minillm.fast_decode import FastDecoder
 from minillm.lora import add_lora
 from minillm.model import Llama
 from minillm.quantize import quantize_model
+from minillm.rl import RLConfig, ppo
 from minillm.sft import ASSISTANT, USER, finetune
 from minillm.storage.text_files import read_documents
 from minillm.tokenizer import Tokenizer, count_pieces
@@ -37,6 +39,7 @@ from minillm.world.templates import HARBOUR, VALLEY, Region
 # stage must grow the model.
 SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
 BETA = 0.5                                # of DPO
+GROUP, UPDATES, PRICE = 8, 2, 0.1         # of RLHF: answers per question, steps per rollout, price
 
 
 def seeded(recipe: Recipe | Tuning, seed: int) -> Recipe | Tuning:
@@ -87,6 +90,14 @@ def dpo(bar: bool = True, seed: int = 0) -> Stage:
     recipe = seeded(size().dpo, seed)
     code = ("dpo", "generate", "fast_decode")
     return build("dpo", recipe, make_dpo, bar, chat(bar, seed), code)
+
+
+def rlhf(bar: bool = True, seed: int = 0) -> Stage:
+    """The chat model after reinforcement learning (PPO): its own answers to questions, graded by
+    the true reward, at a price for leaving the chat model."""
+    recipe = seeded(size().rlhf, seed)
+    code = ("reward", "rl", "generate", "fast_decode")
+    return build("rlhf", recipe, make_rlhf, bar, chat(bar, seed), code)
 
 
 def int8(bar: bool = True, seed: int = 0) -> Stage:
@@ -232,4 +243,24 @@ def make_dpo(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stag
     config = replace(recipe.training, bar=bar, checkpoint=str(checkpoints))
     history = fit(model, batches, config, preference_loss(beta=BETA), count_pairs,
                   recipe.compiling)
+    return replace(before, history=history, floor=None)
+
+
+def make_rlhf(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stage:
+    """Each step draws GROUP answers to each of batch_size questions, and makes the better ones more
+    likely. A run of half a minute keeps no checkpoints."""
+    policy, asked = before.model, exams(recipe.examples, "train", setting=before.setting)
+    t = recipe.training
+    config = RLConfig(steps=t.steps, prompts=recipe.batch_size, answers=GROUP,
+                      updates=UPDATES, lr=t.lr, warmup=t.warmup, beta=PRICE, seed=recipe.seed)
+    if bar:
+        print(f"\nRLHF: {t.steps} steps on {GROUP} answers to each of {recipe.batch_size} "
+              "questions.")
+
+    def true_reward(asked, answers, texts):
+        return torch.tensor([[question.reward(text or "") for text in row]
+                             for (_, question), row in zip(asked, texts)])
+
+    history = ppo(policy, copy.deepcopy(policy), before.tokenizer, asked, true_reward, config,
+                  FastDecoder)
     return replace(before, history=history, floor=None)

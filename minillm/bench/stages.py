@@ -10,7 +10,7 @@ from minillm.arc import stages as arc
 from minillm.arc.scorecard import Row, cell
 from minillm.bench.arguments import Refused
 
-NAMES = ("base", "chat", "lora", "dpo", "int8")
+NAMES = ("base", "chat", "lora", "rlhf", "dpo", "int8")
 
 
 def stages(seeds: int = 8, save: bool = False,

@@ -134,6 +134,7 @@ def test_nothing_is_left_of_generating():
 @pytest.mark.parametrize("settings, expected", [
     ({"temperature": -0.1}, "temperature .*got -0.1"),
     ({"temperature": float("nan")}, "got nan"),
+    ({"temperature": 1e-39}, "got 1e-39"),
     ({"temperature": float("inf")}, "got inf"),
     ({"top_k": 0}, "top_k .*got 0"),
     ({"top_p": 0}, "top_p .*got 0"),
@@ -266,3 +267,26 @@ def test_stream_is_generate_as_text():
         assert "".join(streamed()) == TOKENIZER.decode(new)
         stop = new[7]
         assert "".join(streamed(stop=stop)) == TOKENIZER.decode(new[:new.index(stop)])
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_refused(temperature):
+    broken = copy.deepcopy(MODEL)
+    with torch.no_grad():
+        broken.lm_head.weight[3, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        generate(broken, IDS, 3, temperature=temperature)
+
+
+def test_several_tokens_may_end_a_text():
+    free = generate(MODEL, IDS[:1], 30, temperature=0)[0, IDS.shape[1]:].tolist()
+    first = free.index(free[4])
+    for stop in [free[4], 10**6], (free[4],), free[4]:
+        out = generate(MODEL, IDS[:1], 30, temperature=0, stop=stop)[0, IDS.shape[1]:]
+        assert out.tolist() == free[:first + 1]
+
+
+def test_a_model_with_more_rows_than_the_tokenizer_has_tokens():
+    tokenizer = Tokenizer.train("the cat and the hat " * 20, 260)
+    with pytest.raises(ValueError, match="the id 260, and the tokenizer has only 260 tokens"):
+        "".join(pieces(tokenizer, [100, 260]))

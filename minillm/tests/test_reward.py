@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from sklearn import linear_model as linear
 
 from minillm.data import ENDOFTEXT
 from minillm.model import Llama, LlamaConfig
@@ -201,7 +202,6 @@ def test_bradley_terry_loss_by_hand():
 
 def test_the_reward_that_bradley_terry_finds_is_that_of_logistic_regression():
     """Three answers, all pairs: the maximum of the likelihood by another library's route."""
-    linear = pytest.importorskip("sklearn.linear_model")
     rng = torch.Generator().manual_seed(0)
     true = torch.tensor([0.0, 0.8, -0.5])
     i, j = (torch.randint(0, 3, (4000,), generator=rng) for _ in range(2))

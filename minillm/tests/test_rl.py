@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from scipy import signal
 
 from minillm import rl
 from minillm.fast_decode import FastDecoder
@@ -196,7 +197,6 @@ def test_gae_against_a_filter_and_against_the_sum(gamma, lam):
                            for k in range(9)], dtype=torch.float64)
     got = gae(r, v, gamma, lam)
     assert torch.allclose(got, delta @ powers, atol=1e-10)
-    signal = pytest.importorskip("scipy.signal")
     backwards = signal.lfilter([1], [1, -gamma * lam], delta.flip(-1).numpy(), axis=-1)
     assert torch.allclose(got, torch.from_numpy(backwards.copy()).flip(-1), atol=1e-10)
 
@@ -377,6 +377,17 @@ def test_a_run_learns_logs_and_leaves_the_reference_alone(method, tokenizer):
     first, last = (sum(e["reward"] for e in part) / 5 for part in (log[:5], log[-5:]))
     assert last > first + 0.05 or last > 5.95
     assert log[-1]["KL"] > 1e-3
+
+
+@pytest.mark.parametrize("method", [ppo, grpo])
+def test_a_run_depends_on_its_seed_alone(method, tokenizer):
+    weights = []
+    for noise in 1, 2:
+        policy, reference = tiny(), tiny()
+        torch.manual_seed(noise)
+        method(policy, reference, tokenizer, ASKED, length_reward, SHORT)
+        weights.append(torch.cat([p.flatten() for p in policy.parameters()]))
+    assert torch.allclose(*weights, atol=1e-6)
 
 
 def test_flat_groups_teach_grpo_nothing_but_the_price(tokenizer):
