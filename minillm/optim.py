@@ -14,33 +14,33 @@ from torch import Tensor, nn
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2).
 
-    It moves what is trainable in a model. Matrices decay, vectors (the gains of the norms) do not.
-    m[name] and v[name] have the shape of the parameter.
+    It updates the trainable parameters of a model. Matrices decay, vectors (the gains of the norms)
+    do not. m[name] and v[name] have the shape of the parameter.
     """
 
     def __init__(self, model: nn.Module, betas: tuple[float, float] = (0.9, 0.95),
                  eps: float = 1e-8, weight_decay: float = 0.1):
         self.betas, self.eps, self.weight_decay, self.t = betas, eps, weight_decay, 0
-        # A tied weight comes once.
+        # named_parameters() lists a tied weight only once.
         self.params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.m = {n: torch.zeros_like(p) for n, p in self.params.items()}
         self.v = {n: torch.zeros_like(p) for n, p in self.params.items()}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Move each parameter that has a gradient, and drop the gradient."""
+        """Move each parameter that has a gradient, then discard the gradient."""
         self.t += 1
         names = [n for n, p in self.params.items() if p.grad is not None]
         on_gpu = any(self.params[n].is_cuda for n in names)
         if on_gpu:
-            fused_adamw(self, names, lr)       # the same in one kernel, below
+            fused_adamw(self, names, lr)       # the same update in one kernel, see below
         else:
             self.move(names, lr)
         for n in names:
             self.params[n].grad = None
 
     def move(self, names: list[str], lr: float) -> None:
-        """One step of the parameters of these names."""
+        """One step for the parameters with these names."""
         b1, b2 = self.betas
         for n in names:
             p, m, v = self.params[n], self.m[n], self.v[n]
@@ -53,14 +53,14 @@ class AdamW:
 
 # %% ../notebooks/07_training.ipynb #58598a40
 def fused_adamw(optimizer: AdamW, names: list[str], lr: float) -> None:
-    """What AdamW.move does, for the parameters of these names, by one kernel."""
+    """The same update as AdamW.move for the parameters with these names, in one kernel."""
     for decay, matrix in ((optimizer.weight_decay, True), (0.0, False)):
         some = [n for n in names if (optimizer.params[n].ndim > 1) == matrix]
-        if not some:                     # no adapter has vectors, and Muon leaves few matrices
+        if not some:            # adapters have no vectors, and Muon leaves few matrices to AdamW
             continue
         state = optimizer.params, optimizer.m, optimizer.v
         params, m, v = ([z[n] for n in some] for z in state)
-        # Filled on the device: copying a number there would make the GPU wait for Python.
+        # Created on the device: copying a number there would make Python wait for the GPU.
         step = torch.full((), float(optimizer.t), device=params[0].device)
         torch._fused_adamw_(
             params, [p.grad for p in params], m, v, [], [step] * len(some), lr=lr,
@@ -69,8 +69,8 @@ def fused_adamw(optimizer: AdamW, names: list[str], lr: float) -> None:
 
 # %% ../notebooks/07_training.ipynb #915fb170
 def orthogonalize(x: Tensor) -> Tensor:
-    """Push the singular values of each matrix of x (n, o, i) towards 1; float32 (Jordan et al.
-    2024, "Muon", who take bfloat16)."""
+    """Push the singular values of each matrix in x (n, o, i) toward 1; float32 in and out (Jordan
+    et al. 2024, "Muon")."""
     x = x.bfloat16() / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)   # float32 again, as the norm is
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -82,12 +82,12 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 # %% ../notebooks/07_training.ipynb #ab074795
 class Muon(AdamW):
-    """Orthogonalized momentum for the matrices inside the blocks, AdamW for embeddings, head and
-    norms.
+    """Orthogonalized momentum for the matrices inside the blocks, AdamW for the embeddings, the
+    head and the norms.
 
-    scale: the step of these matrices, in spectral norm, as a multiple of lr. Momentum 0.95 in
-    Nesterov's form. The rate of a matrix (o, i) with more rows than columns is larger by sqrt(o /
-    i).
+    scale: the spectral norm of a step of these matrices, as a multiple of lr. For a matrix (o, i)
+    with more rows than columns, the step is larger by sqrt(o / i). The momentum is 0.95, in
+    Nesterov's form.
     """
 
     def __init__(self, model: nn.Module, scale: float, **settings: float | tuple[float, float]):
@@ -98,17 +98,17 @@ class Muon(AdamW):
                 self.shapes.setdefault(p.shape, []).append(n)
 
     def orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:
-        """Matrices (o, i) of one shape, orthogonalized: stacked, several are one product."""
+        """Matrices (o, i) of one shape, orthogonalized together as one stack."""
         return list(orthogonalize(torch.stack(matrices)))
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Move each parameter that has a gradient, and drop the gradient."""
+        """Move each parameter that has a gradient, then discard the gradient."""
         for (o, i), names in self.shapes.items():
             names = [n for n in names if self.params[n].grad is not None]
             if not names:
                 continue
-            # A _foreach function does to all tensors of a list what its name says.
+            # A _foreach function applies the operation in its name to all tensors of a list.
             params, m = [self.params[n] for n in names], [self.m[n] for n in names]
             gradients = [p.grad for p in params]
             torch._foreach_lerp_(m, gradients, 0.05)

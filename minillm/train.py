@@ -29,11 +29,11 @@ from .storage.checkpoint import resume, save_checkpoint, stop_signal
 # %% ../notebooks/07_training.ipynb #76cb042f
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor,
                precision: str = "float32") -> Tensor:
-    """Sum (not mean) of the cross-entropies in nats, a float32 scalar, over the positions whose
-    target is not -100.
+    """Sum (not mean) of the cross-entropies over all positions whose target is not -100, in nats:
+    a float32 scalar.
 
-    inputs, targets: int64 (b, t). precision: "float32", or "bf16" for a forward pass under
-    autocast; the softmax is in float32 in both.
+    inputs, targets: int64 (b, t). precision: "float32", or "bf16" to run the forward pass under
+    autocast; the softmax is computed in float32 either way.
     """
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = model(inputs)
@@ -46,14 +46,16 @@ LIMITS = {"steps": (1, 10**9), "lr": (1e-12, 1e3), "min_lr": (0, 1), "warmup": (
 
 
 def check_config(c: "TrainConfig") -> None:
-    """Raises ValueError, naming the value and its limit, for settings that cannot train; TypeError
-    for a wrong type."""
+    """Refuse settings that cannot train.
+
+    Raises ValueError, naming the value and its limits, or TypeError for a wrong type.
+    """
     for name, (low, high) in LIMITS.items():
         value, kind = getattr(c, name), int if high == 10**9 else (int, float)
         if not isinstance(value, kind) or isinstance(value, bool):
             wanted = "an int" if kind is int else "a number"
             raise TypeError(f"{name} must be {wanted}: got {value!r}")
-        if not low <= value <= high:                   # nan, too
+        if not low <= value <= high:                   # also catches nan
             raise ValueError(f"{name} must be between {low} and {high}: got {value}")
     if c.warmup > c.steps:
         raise ValueError(f"warmup must be at most steps={c.steps}, or lr is never reached: "
@@ -66,14 +68,14 @@ def check_config(c: "TrainConfig") -> None:
 # %% ../notebooks/07_training.ipynb #bc4016c7
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run. Defaults are LLaMA's (Touvron et al. 2023, section 2.3) but for lr and
-    the size of the run.
+    """The settings of one run. The defaults are LLaMA's (Touvron et al. 2023, section 2.3), except
+    for lr and the length of the run.
 
-    lr rises over `warmup` steps and falls by half a cosine to min_lr * lr. muon: the steps of Muon
-    as multiples of lr, 0 for AdamW throughout. clip: the largest gradient norm. accumulate: batches
-    per step. precision: "bf16", "float32" or None (what the device is good at). checkpoint: a
-    folder, written every checkpoint_every steps, at the end and on Ctrl-C. floor (nats per token)
-    is only shown. Errors: check_config.
+    lr rises over `warmup` steps and then falls along half a cosine to min_lr * lr. muon: the step
+    size of Muon as a multiple of lr; 0 means AdamW throughout. clip: the largest gradient norm.
+    accumulate: batches per step. precision: "bf16", "float32", or None for what suits the device.
+    checkpoint: a folder, written to every checkpoint_every steps, at the end and on Ctrl-C.
+    floor (nats per token): only shown in the progress bar. Raises what check_config raises.
     """
 
     steps: int = 1000
@@ -96,11 +98,10 @@ class TrainConfig:
 
 # %% ../notebooks/07_training.ipynb #b715e588
 def learning_rate(step: int, c: TrainConfig) -> float:
-    """Linear warm-up over c.warmup steps, then half a cosine from c.lr to c.min_lr * c.lr. Steps
-    count from 0.
+    """Linear warm-up over c.warmup steps, then half a cosine from c.lr down to c.min_lr * c.lr.
 
-    The first step has lr / warmup, not 0, which would waste it: in warm-up transformers' schedule
-    is one step behind.
+    Steps count from 0. The first one has rate lr / warmup; a rate of 0 would waste it. (The
+    schedule of transformers starts at 0, so in warm-up it is one step behind.)
     """
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
@@ -109,17 +110,17 @@ def learning_rate(step: int, c: TrainConfig) -> float:
 
 # %% ../notebooks/07_training.ipynb #6697a0f4
 def joint_norm(gradients: list[Tensor]) -> Tensor:
-    """The length of all gradients, taken as one long vector; a scalar."""
+    """The length of all gradients taken as one long vector; a scalar."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def clip_gradients(params: Iterable[nn.Parameter], limit: float,
                    norm_of: Callable[[list[Tensor]], Tensor] = joint_norm) -> Tensor:
     """Scale all gradients by one factor so that their joint norm is at most limit; returns the norm
-    before, a scalar.
+    before scaling, a scalar.
 
-    As torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013). Raises ValueError if no parameter has a
-    gradient.
+    Same as torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013). Raises ValueError if no parameter
+    has a gradient.
     """
     gradients = [p.grad for p in params if p.grad is not None]
     if not gradients:
@@ -131,7 +132,7 @@ def clip_gradients(params: Iterable[nn.Parameter], limit: float,
 
 # %% ../notebooks/07_training.ipynb #56445b69
 def count_targets(inputs: Tensor, targets: Tensor) -> Tensor:
-    """The number of tokens to learn from: what token_loss sums over."""
+    """The number of tokens to learn from, that is, the number of terms in the sum of token_loss."""
     return (targets != -100).sum()
 
 
@@ -141,10 +142,11 @@ def backward(model: nn.Module, micro: list[tuple[Tensor, ...]], precision: str =
     """Add up the gradients of one step over its batches; returns the loss in nats per token and the
     number of tokens.
 
-    micro: list of batches, tuples (inputs, targets), int64 (b, t) each. Divides by the tokens of
-    all batches together, so that every token weighs the same, whichever batch it is in. Raises
-    ValueError if no target counts. For a loss over other items: loss(model, *batch, precision) is
-    its sum over the items of a batch, count(*batch) their number. add: see OneProcess.sum.
+    micro: the batches of the step, tuples (inputs, targets), each int64 (b, t). The sum is divided
+    by the number of tokens in all of them together, so every token has the same weight, whichever
+    batch it is in. Other losses are passed in: loss(model, *batch, precision) returns the sum over
+    the items of a batch, count(*batch) their number. add: see OneProcess.sum. Raises ValueError if
+    no target counts.
     """
     device = next(model.parameters()).device
     total = add(int(sum(count(*batch) for batch in micro)))
@@ -161,7 +163,7 @@ def backward(model: nn.Module, micro: list[tuple[Tensor, ...]], precision: str =
 
 # %% ../notebooks/07_training.ipynb #3a0d4b34
 def default_precision(device: str | torch.device) -> str:
-    """"bf16" where the device multiplies bfloat16 in hardware, else "float32"."""
+    """"bf16" if the device multiplies bfloat16 in hardware, otherwise "float32"."""
     if torch.device(device).type == "cuda":
         in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -170,15 +172,15 @@ def default_precision(device: str | torch.device) -> str:
 
 # %% ../notebooks/07_training.ipynb #099718bc
 class Batches(Protocol):
-    """What train() learns from: batches[i], a tuple of tensors with as many rows each, is a
-    function of i, so that i is all there is to know to resume."""
+    """What train() learns from. batches[i] is a tuple of tensors with the same number of rows. It
+    depends on nothing but i, so the number of the step is all it takes to resume."""
 
     def __getitem__(self, i: int) -> tuple[Tensor, ...]: ...
 
 
 def describe_run(config: TrainConfig, batches: Batches) -> dict[str, str]:
-    """What a resumed run must share with its beginning: the settings that shape the weights, and
-    its first batch."""
+    """What a resumed run must have in common with its beginning: the settings that influence the
+    weights, and the first batch (as a hash)."""
     free = ("checkpoint", "checkpoint_every", "bar", "floor")
     data = hashlib.sha256(b"".join(z.cpu().numpy().tobytes() for z in batches[0])).hexdigest()[:16]
     settings = {k: str(v) for k, v in asdict(config).items() if k not in free}
@@ -186,8 +188,8 @@ def describe_run(config: TrainConfig, batches: Batches) -> dict[str, str]:
 
 # %% ../notebooks/07_training.ipynb #5a7940c9
 class OneProcess:
-    """How a run is spread over processes: here, not at all. `minillm/parallel.py` replaces these
-    five methods where torchrun has started several processes, and nothing else in this module
+    """How a run is spread over processes: here, not at all. When torchrun has started several
+    processes, `minillm/parallel.py` replaces these five methods, and nothing else in this module
     changes."""
 
     def optimizer(self, model: nn.Module, c: TrainConfig, muon: type = Muon) -> AdamW:
@@ -204,7 +206,7 @@ class OneProcess:
         return number
 
     def sum_gradients(self, params: Iterable[nn.Parameter]) -> None:
-        """Replaces each gradient by its sum over all processes."""
+        """Replace each gradient by its sum over all processes."""
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
         """The joint norm of all gradients."""
@@ -217,10 +219,10 @@ ALONE = OneProcess()
 def train_step(model: nn.Module, micro: list[tuple[Tensor, ...]], optimizer: AdamW, step: int,
                c: TrainConfig, precision: str, loss: Callable = token_loss,
                count: Callable = count_targets, group: OneProcess = ALONE) -> dict[str, float]:
-    """One step on the batches `micro`; returns its entry of the history.
+    """One step on the batches `micro`; returns its entry in the history.
 
-    Raises FloatingPointError, and moves no weight, if the loss or the norm of the gradient is not
-    finite.
+    Raises FloatingPointError, without moving a weight, if the loss or the norm of the gradient is
+    not finite.
     """
     mean, tokens = backward(model, micro, precision, loss, count, group.sum)
     params, lr = optimizer.params.values(), learning_rate(step, c)
@@ -236,22 +238,22 @@ def train_step(model: nn.Module, micro: list[tuple[Tensor, ...]], optimizer: Ada
 # %% ../notebooks/07_training.ipynb #fda31a39
 def train(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callable = token_loss,
           count: Callable = count_targets, group: OneProcess = ALONE) -> list[dict[str, float]]:
-    """Train in place on batches[i] -> inputs, targets, int64 (b, t), where a target of -100 does
-    not count.
+    """Train the model in place on batches[i] -> inputs, targets, int64 (b, t), where targets of
+    -100 do not count.
 
-    Other batches, with the loss that understands them: see backward. Returns the history, one dict
-    per step: step, loss (nats per token, before the step), lr, grad_norm, tokens, seconds. With
-    config.checkpoint the run goes on from the newest intact checkpoint of that folder. Raises
-    FloatingPointError, naming the step, when loss or gradient is not finite (the weights are those
-    before that step), KeyboardInterrupt after saving at Ctrl-C, ValueError for a batch or
-    checkpoint that does not fit.
+    For other kinds of batches, pass a loss that understands them: see backward. Returns the
+    history, one dict per step: step, loss (nats per token, before the step), lr, grad_norm, tokens,
+    seconds. With config.checkpoint, the run continues from the newest intact checkpoint in that
+    folder. Raises FloatingPointError, naming the step, if loss or gradient is not finite (the
+    weights are then those before that step), KeyboardInterrupt on Ctrl-C, after saving, and
+    ValueError for a batch or checkpoint that does not fit.
     """
     c, device = config, next(model.parameters()).device
     precision = c.precision or default_precision(device)
     if hasattr(model, "config") and count is count_targets:
         check_batch(*batches[0], model.config.vocab_size)
     model.train()
-    model.zero_grad()            # what an experiment left over would count in the first step
+    model.zero_grad()            # gradients left over from an experiment would join the first step
     optimizer, run = group.optimizer(model, c), describe_run(c, batches)
     history = resume(c.checkpoint, model, optimizer, run) if c.checkpoint else []
     began = time.perf_counter() - (history[-1]["seconds"] if history else 0)
@@ -273,7 +275,7 @@ def train(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callabl
 
 # %% ../notebooks/07_training.ipynb #fda31a3a
 def progress(c: TrainConfig, done: int) -> tqdm:
-    """The progress bar of a run, on stdout, with `done` steps behind it."""
+    """The progress bar of a run of which `done` steps are finished, on stdout."""
     bar = tqdm(total=c.steps, initial=done, disable=not c.bar, file=sys.stdout, ncols=110,
                mininterval=0.2 if sys.stdout.isatty() else 10)
     bar.floor = f" (floor {c.floor:.3f})" if c.floor else ""
