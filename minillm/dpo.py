@@ -154,7 +154,8 @@ class Pairs:
     another order, which depends on `seed` and i only. The log-probabilities under the reference are
     computed once, here, and come with the batches. Without a reference (None, for orpo_loss), the
     numbers of tokens of the answers take their place. pairs[i] -> ids (2b, t), mask (2b, t),
-    reference (2b,): first all chosen, then all rejected. Raises what check_pairs raises.
+    reference (2b,): first all chosen, then all rejected. Raises what check_pairs
+    raises, and ValueError for a pair that is too long for the reference.
     """
 
     def __init__(self, pairs: Sequence[tuple[list[dict], str, str]], tokenizer: Tokenizer,
@@ -164,6 +165,10 @@ class Pairs:
         self.rejected = [encode_answer(pair[0], pair[2], tokenizer) for pair in pairs]
         # Rows decides which pairs share a batch, by the longer answer of each pair.
         longer = [max(c[0], r[0], key=len) for c, r in zip(self.chosen, self.rejected)]
+        for i, ids in enumerate(longer):
+            if reference is not None and len(ids) > reference.config.max_seq_len:
+                raise ValueError(f"pair {i} has {len(ids)} tokens, more than max_seq_len="
+                                 f"{reference.config.max_seq_len}: shorten it or leave it out")
         self.order = Rows(longer, batch_size, seed)
         rows = self.chosen + self.rejected
         if reference is None:

@@ -282,3 +282,10 @@ def test_pairs_that_teach_nothing(tokenizer, pairs):
 def test_one_answer_is_no_comparison(tokenizer):
     with pytest.raises(ValueError, match="n must be at least 2 answers a prompt.* got 1"):
         sample_pairs(tiny(), tokenizer, exams(1), Question.reward, n=1)
+
+
+def test_a_pair_that_is_too_long_is_named(tokenizer):
+    ask = [{"role": "user", "content": "hi"}]
+    pairs = [(ask, "yes", "no")] * 17 + [(ask, "no", "yes " * 600)] + [(ask, "yes", "no")]
+    with pytest.raises(ValueError, match="pair 17 has .* more than max_seq_len=512"):
+        Pairs(pairs, tokenizer, tiny(), 2)
