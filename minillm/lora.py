@@ -21,7 +21,8 @@ from torch import Tensor, nn
 def check_rank(rank: int, alpha: float) -> None:
     """Raises an error unless an adapter can have this rank and this alpha.
 
-    TypeError unless rank is an int, ValueError unless it is at least 1 and alpha a positive number.
+    TypeError unless rank is an int; ValueError unless rank is at least 1 and alpha is a positive
+    number.
     """
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise TypeError(f"rank must be an int: got {rank!r}")
@@ -32,9 +33,10 @@ def check_rank(rank: int, alpha: float) -> None:
 
 # %% ../notebooks/12_lora.ipynb #c933e874
 class LoraLinear(nn.Module):
-    """linear(x) + alpha / rank * B A x (Hu et al. 2021, section 4.1). Raises as check_rank.
+    """linear(x) + alpha / rank * B A x (Hu et al. 2021, section 4.1).
 
-    linear is frozen, A (rank, in) random as in peft (nn.Linear's own start), B (out, rank) zero.
+    linear is frozen. A (rank, in) is random as in peft (nn.Linear's own initialization), and B
+    (out, rank) is zero. Raises the errors of check_rank.
     """
 
     def __init__(self, linear: nn.Module, rank: int, alpha: float):
@@ -52,7 +54,7 @@ class LoraLinear(nn.Module):
         return self.base_layer(x) + self.alpha / self.rank * self.lora_B(self.lora_A(x))
 
     def update(self) -> Tensor:
-        """alpha / rank * B A (out, in): what the adapter adds to the weight."""
+        """alpha / rank * B A (out, in), which is what the adapter adds to the weight."""
         return self.alpha / self.rank * self.lora_B.weight @ self.lora_A.weight
 
 # %% ../notebooks/12_lora.ipynb #29c2f474
@@ -60,7 +62,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def check_linear(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The linear layer that an adapter on `module` goes around. Raises as find_targets."""
+    """The linear layer that an adapter on `module` wraps. Raises the errors of find_targets."""
     # Each layer's own list of weights, since model.parameters() names a shared tensor only once.
     weights = [id(p) for m in model.modules() for p in m._parameters.values()]
     if any(weights.count(id(p)) > 1 for p in module.parameters()):
@@ -72,10 +74,10 @@ def check_linear(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
-    """{name: linear layer} of the layers whose last name is in targets.
+    """{name: linear layer} for all layers that have the last part of their name in targets.
 
-    Of a layer that has LoRA, it is the frozen one. Raises ValueError, naming the target, if it does
-    not exist, is not linear, or shares its weight with another layer.
+    If a layer has LoRA, this is the frozen layer inside. Raises ValueError, naming the target, if
+    it does not exist, is not linear, or shares its weight with another layer.
     """
     if isinstance(targets, str) or not targets:
         raise ValueError(f"targets must be a list of names such as {list(TARGETS[:2])}: "
@@ -96,19 +98,18 @@ def refuse_lora(model: nn.Module) -> None:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module with this full name."""
+    """Replace the module that has this full name by `new`."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, new)
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float,
              targets: Sequence[str] = TARGETS) -> nn.Module:
-    """Put a LoraLinear around each layer whose last name is in targets; returns the model.
+    """Put a LoraLinear around each layer that find_targets finds; returns the model.
 
-    The model is changed in place, and all else in it is frozen. Its outputs do not change, since
-    every B is zero. Raises ValueError, before anything is changed, for a rank below 1, alpha not
-    above 0, an unknown target, one that is not linear or shares its weight (tied embeddings), and
-    for a model with LoRA.
+    The model is changed in place, and everything else in it is frozen. Its outputs stay the same,
+    since every B is zero. Raises the errors of check_rank and find_targets, and ValueError if the
+    model has LoRA already, all before anything is changed.
     """
     check_rank(rank, alpha)
     refuse_lora(model)
@@ -120,7 +121,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float,
 
 # %% ../notebooks/12_lora.ipynb #72d71ef1
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """{name: LoraLinear} of a model, in order. Raises ValueError if there is none."""
+    """{name: LoraLinear} of a model, in order. Raises ValueError if it has none."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
     if not layers:
         raise ValueError("the model has no LoRA: call add_lora(model, rank, alpha) first "
@@ -130,14 +131,14 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Add alpha / rank * B A to each weight and take the adapter off, in place; returns the model.
+    """Add alpha / rank * B A to each weight and remove the adapter, in place; returns the model.
 
-    All of it is trainable again. Raises ValueError if there is no LoRA: a second merge would find
-    nothing to add.
+    The whole model is trainable again. Raises ValueError if there is no LoRA: a second merge would
+    have nothing to add.
     """
     for name, layer in lora_layers(model).items():
         linear = layer.base_layer
-        if not isinstance(linear, nn.Linear):           # a base in fewer bits: NF4Linear, below
+        if not isinstance(linear, nn.Linear):           # a 4-bit base: NF4Linear, see below
             linear = linear.unpacked()
         linear.weight += layer.update()
         replace_module(model, name, linear)
@@ -145,9 +146,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Take the adapters off, in place: the base as it was, trainable again; returns the model.
+    """Remove the adapters, in place; returns the model, which is the base again, and trainable.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is no LoRA.
     """
     for name, layer in lora_layers(model).items():
         replace_module(model, name, layer.base_layer)
@@ -158,7 +159,7 @@ PREFIX = "base_model.model."        # peft's wrapper around the model
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter alone, {name: tensor}, with the names of peft.
+    """The adapter alone, {name: tensor}, with peft's names.
 
     Raises ValueError if the model has no LoRA.
     """
@@ -171,7 +172,7 @@ def lora_shapes(model: nn.Module, rank: int,
                 targets: Sequence[str] = TARGETS) -> dict[str, tuple[int, int]]:
     """{name: shape} of the adapter that add_lora(model, rank, alpha, targets) makes.
 
-    Raises as find_targets.
+    Raises the errors of find_targets.
     """
     shapes = {}
     for name, linear in find_targets(model, targets).items():
@@ -183,7 +184,7 @@ def lora_shapes(model: nn.Module, rank: int,
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors into folder, as peft does.
 
-    Raises ValueError if there is no LoRA.
+    Raises ValueError if the model has no LoRA.
     """
     layers, folder = lora_layers(model), Path(folder)
     first = next(iter(layers.values()))
@@ -199,9 +200,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 # %% ../notebooks/12_lora.ipynb #54e7537d
 def check_adapter(state: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> None:
-    """Raises ValueError, naming the first tensor that differs, unless state has these shapes.
+    """Raises ValueError, naming the first difference, unless state has exactly these tensors.
 
-    shapes: {name: shape}; none may be missing, and none too many.
+    shapes: {name: shape} of all of them.
     """
     for name in [*shapes, *state]:
         here = shapes.get(name, "missing")
@@ -216,7 +217,7 @@ def load_lora(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """Copy an adapter (lora_state_dict) into a model that has LoRA; returns the model.
 
     Rank and targets must be the same. Raises ValueError, before anything is changed, if a tensor is
-    missing, too many or of another shape.
+    missing, unexpected or of another shape.
     """
     lora_layers(model)
     params = {PREFIX + n: p for n, p in model.named_parameters()
@@ -232,9 +233,10 @@ OTHER_KINDS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modul
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the adapter of a folder, ours or peft's, on a model, in place of any; returns it.
+    """Put the adapter in a folder, ours or peft's, on a model, replacing any other; returns it.
 
-    Raises ValueError, before anything is changed, if it does not fit or is not plain LoRA.
+    Raises ValueError, before anything is changed, if the adapter does not fit the model or has one
+    of OTHER_KINDS in its settings.
     """
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     plain = config["peft_type"] == "LORA" and config.get("bias", "none") == "none"

@@ -18,9 +18,9 @@ from .lora import TARGETS, find_targets, refuse_lora, replace_module
 
 
 def nf4_values() -> Tensor:
-    """The 16 numbers of NF4, -1 to 1 (Dettmers et al. 2023, section 3).
+    """The 16 values of NF4, from -1 to 1 (Dettmers et al. 2023, section 3).
 
-    They are quantiles of a normal distribution, 0 among them.
+    They are quantiles of a normal distribution, and 0 is one of them.
     """
     end = 1 - (1 / 30 + 1 / 32) / 2
     positive = torch.special.ndtri(torch.linspace(end, 0.5, 9, dtype=torch.float64)[:-1])
@@ -30,14 +30,14 @@ def nf4_values() -> Tensor:
 
 
 NF4 = nf4_values()
-BLOCK = 64                          # weights that share a scale
+BLOCK = 64                          # number of weights that share a scale
 
 # %% ../notebooks/12_lora.ipynb #a94afffc
 def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (any shape) -> codes uint8 (n/2,) and scales float32 (n/64,).
 
-    n is the number of weights, filled up with zeros to a multiple of 64. Two 4-bit indices share a
-    byte; the scale of a block is the largest |w| in it.
+    n is the number of weights, padded with zeros to a multiple of 64. Two 4-bit indices share a
+    byte. The scale of a block is the largest |w| in it.
     """
     flat = weight.detach().float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
@@ -49,7 +49,7 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nf4_dequantize(codes: Tensor, scales: Tensor, shape: Sequence[int]) -> Tensor:
-    """The weights, float32, of this shape, as near as codes and scales of nf4_quantize come."""
+    """The weights that codes and scales of nf4_quantize stand for, float32, of this shape."""
     values = NF4.to(codes.device)
     pairs = torch.stack([values[(codes >> 4).long()], values[(codes & 15).long()]], 1)
     flat = (pairs.view(-1, BLOCK) * scales[:, None]).flatten()
@@ -57,7 +57,7 @@ def nf4_dequantize(codes: Tensor, scales: Tensor, shape: Sequence[int]) -> Tenso
 
 # %% ../notebooks/12_lora.ipynb #e3d6c5bf
 class FrozenProduct(torch.autograd.Function):
-    """x W^T where W is unpacked when it is needed, forward and backward, and never kept."""
+    """x W^T, where W is unpacked when it is needed, forward and backward, and never kept."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, layer: nn.Module) -> Tensor:
@@ -72,13 +72,13 @@ class FrozenProduct(torch.autograd.Function):
 class NF4Linear(nn.Module):
     """A frozen linear layer in 4 bits: QLoRA's base (Dettmers et al. 2023).
 
-    `weight` unpacks it; gradients reach its input only. Raises ValueError for a layer with a bias.
+    `weight` unpacks it; gradients reach only its input. Raises ValueError for a layer with a bias.
     """
 
     def __init__(self, linear: nn.Module):
         super().__init__()
         if getattr(linear, "bias", None) is not None:
-            raise ValueError("an NF4Linear has no bias, as no layer of LLaMA has: "
+            raise ValueError("an NF4Linear has no bias, like all layers of LLaMA: "
                              "got a layer with one")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         codes, scales = nf4_quantize(linear.weight)
@@ -90,7 +90,7 @@ class NF4Linear(nn.Module):
         return nf4_dequantize(self.codes, self.scales, (self.out_features, self.in_features))
 
     def unpacked(self) -> nn.Linear:
-        """The nn.Linear whose weight this is."""
+        """An nn.Linear with the unpacked weight."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(self.weight)
         return linear
@@ -101,9 +101,9 @@ class NF4Linear(nn.Module):
 
 # %% ../notebooks/12_lora.ipynb #862927a2
 def to_nf4(model: nn.Module, targets: Sequence[str] = TARGETS) -> nn.Module:
-    """Replace each linear layer whose last name is in targets by its NF4Linear; returns the model.
+    """Replace each layer that find_targets finds by an NF4Linear, in place.
 
-    It is changed in place. Raises as add_lora.
+    Returns the model. Raises the errors of find_targets, and ValueError if the model has LoRA.
     """
     refuse_lora(model)
     for name, linear in find_targets(model, targets).items():

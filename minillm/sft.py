@@ -29,10 +29,10 @@ ROLES = {"user": USER, "assistant": ASSISTANT}
 
 
 def check_dialogue(messages: list[dict]) -> None:
-    """Raises an error, naming the message, unless `messages` is a dialogue.
+    """Raises an error that names the message, unless `messages` is a dialogue.
 
-    A dialogue is a list of {"role": ..., "content": ...}, in which the roles alternate, user first,
-    and no content is empty: else ValueError. TypeError if a content is not a str.
+    A dialogue is a list of {"role": ..., "content": ...} in which the roles alternate, user first,
+    and no content is empty. Raises ValueError if it is not, TypeError if a content is not a str.
     """
     if not messages:
         raise ValueError("a dialogue needs at least one message: got none")
@@ -55,7 +55,7 @@ def check_dialogue(messages: list[dict]) -> None:
 def control_ids(tokenizer: Tokenizer) -> tuple[int, dict[str, int]]:
     """The id of <|endoftext|>, and {role: id}.
 
-    Raises ValueError, naming it, if the tokenizer lacks a token of the template.
+    Raises ValueError, naming the token, if the tokenizer lacks one that the template needs.
     """
     special = tokenizer.special_tokens
     for token in (ENDOFTEXT, USER, ASSISTANT):
@@ -68,9 +68,9 @@ def control_ids(tokenizer: Tokenizer) -> tuple[int, dict[str, int]]:
 def encode_dialogue(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Ids of a dialogue in the chat template, and the mask of the same length.
 
-    The mask is True for what is to be learnt: each answer and the <|endoftext|> after it. The text
-    of a special token inside a message stays text. Raises ValueError and TypeError as
-    check_dialogue and control_ids.
+    The mask is True for what is to be learned: each answer and the <|endoftext|> after it. The text
+    of a special token inside a message stays text. Raises the errors of check_dialogue and
+    control_ids.
     """
     check_dialogue(messages)
     end, roles = control_ids(tokenizer)
@@ -80,7 +80,7 @@ def encode_dialogue(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[in
         is_answer = message["role"] == "assistant"
         ids += [roles[message["role"]], *content]
         mask += [False] + [is_answer] * len(content)
-        if is_answer:                               # it ends, and to end it is learnt, too
+        if is_answer:                               # the model also learns to stop
             ids.append(end)
             mask.append(True)
     return ids, mask
@@ -89,8 +89,8 @@ def encode_dialogue(messages: list[dict], tokenizer: Tokenizer) -> tuple[list[in
 def encode_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
     """Ids of a dialogue that waits for an answer.
 
-    It ends with the user's message, and <|assistant|> follows. Raises ValueError if the
-    last message is not of the user, and as encode_dialogue.
+    The last message is the user's, and <|assistant|> follows it. Raises ValueError if the last
+    message is not from the user, and the errors of encode_dialogue.
     """
     ids, _ = encode_dialogue(messages, tokenizer)
     if messages[-1]["role"] != "user":
@@ -102,10 +102,10 @@ def encode_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
 class Dialogues(Rows):
     """Batches of whole dialogues, see Rows: inputs and targets, int64 (b, t).
 
-    Only answers and their ends are targets, and all else is IGNORE; with masked=False every token
-    of a dialogue is a target. replay: plain texts to mix in, of which every token is one. Raises
-    ValueError, naming the dialogue, if one has no answer to learn from, and as encode_dialogue and
-    Rows.
+    Only answers and their end tokens are targets; all other positions are IGNORE. With
+    masked=False, every token of a dialogue is a target. replay: plain texts to mix in, every token
+    of which is a target. Raises ValueError, naming the dialogue, if it has no answer to learn from,
+    and the errors of encode_dialogue and Rows.
     """
 
     def __init__(self, dialogues: list[list[dict]], tokenizer: Tokenizer, batch_size: int,
@@ -123,7 +123,7 @@ class Dialogues(Rows):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         inputs, targets = super().__getitem__(i)
         masks = pad_sequence([self.masks[j] for j in self.chosen(i)], batch_first=True)
-        # The first token is nobody's target.
+        # No position predicts the first token, so its mask is not needed.
         return inputs, targets.masked_fill(~masks[:, 1:], IGNORE)
 
 # %% ../notebooks/11_instruct.ipynb #deff8048
@@ -134,13 +134,13 @@ def finetune(model: Llama, dialogues: list[list[dict]], tokenizer: Tokenizer, co
 
     masked=False learns the user's words, too; replay: plain texts to mix in.
     fit: the function that trains, with train's arguments and result.
-    Raises ValueError, naming the dialogue, if one is longer than max_seq_len, and as Dialogues and
-    train.
+    Raises ValueError, naming the dialogue, if it is longer than max_seq_len, and the errors of
+    Dialogues and train.
     """
     batches = Dialogues(dialogues, tokenizer, batch_size, seed, masked, replay)
     limit = model.config.max_seq_len
     for i, ids in enumerate(batches.documents):
-        if len(ids) - 1 > limit:                    # the last token is a target only
+        if len(ids) - 1 > limit:                    # the last token is only a target
             name = f"dialogue {i}" if i < len(dialogues) else f"text {i - len(dialogues)} of replay"
             raise ValueError(f"{name} has {len(ids)} tokens, "
                              f"more than max_seq_len={limit} allows: shorten it or leave it out")
@@ -150,18 +150,18 @@ def finetune(model: Llama, dialogues: list[list[dict]], tokenizer: Tokenizer, co
 def replies(model: Llama, tokenizer: Tokenizer, prompts: list[list[dict]], n: int = 1,
             temperature: float = 0.0, max_new_tokens: int = 40, batch_size: int = 64,
             seed: int = 0, partial: bool = False) -> list[list[str | None]]:
-    """n answers to each of `prompts`, lists of messages that end with the user's.
+    """n answers to each prompt, a list of messages that ends with the user's.
 
-    An answer that does not end within max_new_tokens is None (partial=True: what there is of it).
-    Raises ValueError if a prompt with its answer may exceed max_seq_len, and as encode_prompt and
-    generate.
+    An answer that does not end within max_new_tokens is None; with partial=True, it is the text so
+    far. Raises ValueError if a prompt plus its answer may exceed max_seq_len, and the errors of
+    encode_prompt and generate.
     """
     end, _ = control_ids(tokenizer)
     device = next(model.parameters()).device
     rows = [encode_prompt(messages, tokenizer) for messages in prompts]
     answers = [[None] * n for _ in prompts]
-    # All answers are numbered: k is answer k % n to prompt k // n. Prompts of like length go
-    # together, so that little is padding.
+    # All answers are numbered: k is answer k % n to prompt k // n. Prompts of similar length share
+    # a batch, so there is little padding.
     order = sorted(range(len(rows) * n), key=lambda k: len(rows[k // n]))
     for start in range(0, len(order), batch_size):
         part = order[start:start + batch_size]
@@ -177,9 +177,9 @@ def replies(model: Llama, tokenizer: Tokenizer, prompts: list[list[dict]], n: in
 
 # %% ../notebooks/11_instruct.ipynb #11eb3752
 def answer_room(prompt: list[int], model: Llama) -> int:
-    """How many tokens an answer may have after `prompt`, the ids of encode_prompt.
+    """The largest number of tokens that fit after `prompt`, the ids from encode_prompt.
 
-    Raises ValueError if there is no room for one.
+    Raises ValueError if there is no room for even one.
     """
     used, limit = len(prompt), model.config.max_seq_len
     if used >= limit:
@@ -192,8 +192,8 @@ def reply(model: Llama, tokenizer: Tokenizer, messages: list[dict], max_new_toke
           temperature: float = 0.0, seed: int = 0) -> str:
     """The model's answer to a dialogue that ends with the user's message.
 
-    It is cut off after max_new_tokens or at the end of the context. Raises ValueError if the
-    dialogue leaves no room for an answer, and as encode_prompt and generate.
+    The answer is cut off after max_new_tokens or at the end of the context. Raises ValueError if
+    the dialogue leaves no room for an answer, and the errors of encode_prompt and generate.
     """
     room = min(max_new_tokens, answer_room(encode_prompt(messages, tokenizer), model))
     [[answer]] = replies(model, tokenizer, [messages], temperature=temperature,
@@ -204,9 +204,9 @@ def reply(model: Llama, tokenizer: Tokenizer, messages: list[dict], max_new_toke
 def distill_loss(teacher: nn.Module, temperature: float = 2.0) -> Callable[..., Tensor]:
     """A loss for train(): T^2 * KL(teacher || student) of the next-token distributions.
 
-    Both are taken at temperature T; the sum is over the positions whose target is not IGNORE
-    (Hinton et al. 2015, section 2). The teacher must have the student's vocabulary; it gets no
-    gradient. Raises ValueError unless temperature is above 0.
+    Both distributions are taken at temperature T, and the sum is over the positions whose target is
+    not IGNORE (Hinton et al. 2015, section 2). The teacher must have the student's vocabulary; it
+    gets no gradient. Raises ValueError unless temperature is above 0.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0: got {temperature}")
