@@ -103,9 +103,14 @@ class NF4Linear(nn.Module):
 def to_nf4(model: nn.Module, targets: Sequence[str] = TARGETS) -> nn.Module:
     """Replace each layer that find_targets finds by an NF4Linear, in place.
 
-    Returns the model. Raises the errors of find_targets, and ValueError if the model has LoRA.
+    Returns the model. Raises the errors of find_targets, and ValueError, before anything is
+    changed, if the model has LoRA or weights that are not finite.
     """
     refuse_lora(model)
-    for name, linear in find_targets(model, targets).items():
+    found = find_targets(model, targets)
+    for name, linear in found.items():
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"{name} has weights that are not finite: has training diverged?")
+    for name, linear in found.items():
         replace_module(model, name, NF4Linear(linear))
     return model

@@ -158,9 +158,9 @@ def test_adapters_take_turns_on_one_base(tmp_path):
     ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"peft_type": "IA3"}, "IA3"),
-    ({"r": 0}, "rank must be at least 1"),
+    ({"r": 0}, "r must be a whole number from 1"),
     ({"r": 5}, r"\(5, 32\) in the model, \(4, 32\)"),
-    ({"target_modules": ["wq"]}, "no layer 'wq'"),
+    ({"target_modules": ["wq"]}, "target_modules has .wq., and no linear layer"),
     ({"target_modules": ["q_proj"]}, "missing in the model"),
 ])
 def test_files_that_do_not_fit_change_nothing(tmp_path, change, message):

@@ -69,3 +69,13 @@ def test_a_4_bit_base_can_be_merged():
 def test_a_bias_has_no_place_in_4_bits():
     with pytest.raises(ValueError, match="bias"):
         NF4Linear(nn.Linear(64, 64))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(bad):
+    m = model()
+    with torch.no_grad():
+        m.model.layers[1].mlp.up_proj.weight[3, 3] = bad
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj has weights that are not finite"):
+        to_nf4(m)
+    assert not any(isinstance(layer, NF4Linear) for layer in m.modules())
