@@ -60,8 +60,9 @@ def score_all(seed: int, show: Callable[[str], Any]) -> list[Row]:
         if name == "chat":
             chat = stage.model                # which later stages are compared with
         rows.append(row)
-        # int8 is not trained: its history is that of dpo.
-        trained = "" if name == "int8" else f", {stage.history[-1]['seconds']:.0f} s of training"
+        # int8 is not trained: its history is that of dpo. That of rlhf has no seconds.
+        seconds = None if name == "int8" else stage.history[-1].get("seconds")
+        trained = "" if seconds is None else f", {seconds:.0f} s of training"
         show(f"seed {seed}, {name}{trained}: {figures(row)}")
     return rows
 

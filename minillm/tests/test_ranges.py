@@ -1,5 +1,6 @@
 """Several seeds of every stage, the ranges of their scores, and runs compared with them."""
 import json
+import re
 import statistics
 from types import SimpleNamespace
 
@@ -138,17 +139,17 @@ def test_the_benchmark_trains_each_stage_with_each_seed(small, path, capsys):
     command.main(["stages", "--seeds", "2", "--save"])
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if line.startswith("seed ")]
-    assert [line.split(",")[:2] for line in lines][:4] == [
-        ["seed 0", " base"], ["seed 0", " chat"], ["seed 0", " lora"], ["seed 0", " dpo"]]
-    assert len(lines) == 10 and sum("s of training" in line for line in lines) == 8
-    assert lines[9].startswith("seed 1, int8: bits/byte ") and "tokens/s" in lines[9]
+    named = [re.split(", |: ", line)[:2] for line in lines]
+    assert named == [[f"seed {seed}", name] for seed in (0, 1) for name in NAMES]
+    assert len(lines) == 12 and sum("s of training" in line for line in lines) == 8
+    assert lines[11].startswith("seed 1, int8: bits/byte ") and "tokens/s" in lines[11]
     for name in NAMES:
         table = shown.split(f"\n{name:>4} ")[1].splitlines()
-        assert "bits/byte" in table[0] and ("wins" in table[0]) == (name in ("lora", "dpo", "int8"))
+        assert "bits/byte" in table[0] and ("wins" in table[0]) == (name in NAMES[2:])
         assert [line.split()[0] for line in table[1:5]] == ["mean", "sd", "min", "max"]
     assert set(ranges.read()) == {"cpu"} and str(path) in shown
     folders = {folder.name for folder in (small / "cache").iterdir() if folder.is_dir()}
-    assert len(folders) == 8
+    assert len(folders) == 10
     # Seed 0 is what the course gives; and a run that was measured is a normal one.
     assert {stages.lora(bar=False).key, stages.dpo(bar=False).key} <= folders
     assert course.main([]) == 0
@@ -183,7 +184,8 @@ def test_every_stage_is_made_from_those_of_the_same_seed(monkeypatch):
     ways = {name: getattr(stages, name)(seed=3).way for name in NAMES}
     chat = "base 3 chat 3"
     assert ways == {"base": "base 3", "chat": chat, "lora": f"{chat} lora 3",
-                    "dpo": f"{chat} dpo 3", "int8": f"{chat} dpo 3"}
+                    "rlhf": f"{chat} rlhf 3", "dpo": f"{chat} dpo 3",
+                    "int8": f"{chat} dpo 3"}
     assert stages.dpo().way == "base 0 chat 0 dpo 0"
 
 

@@ -20,10 +20,11 @@ from minillm.arc import cache, scorecard, stages
 from minillm.arc.sizes import SIZES, Size, size as size_in_use
 from minillm.gguf import read_gguf
 from minillm.hub import from_pretrained
+from minillm.rl import ppo
 from minillm.storage.checkpoint import read_checkpoint
 from minillm.world.templates import HARBOUR
 
-STAGES = ("base", "chat", "lora", "dpo")
+STAGES = ("base", "chat", "lora", "rlhf", "dpo")
 LINES = [f"{n} bottles of milk stood on the wall, and {n + 1} under it." for n in range(600)]
 TEXT = "\n".join(LINES)
 
@@ -31,7 +32,7 @@ TEXT = "\n".join(LINES)
 def cut(monkeypatch, size, folder):
     """All recipes of a size cut to seconds, in a cache of their own; the scorecard asks little. A
     model that has learned so little gives no two answers that a judge could rank, so the pairs are
-    made of the true answers."""
+    made of the true answers, and the rewards are made up."""
     monkeypatch.setenv("MINILLM_CACHE", str(folder / "cache"))
     model = replace(size.stories.model, vocab_size=300, dim=32, n_layers=1, n_heads=2,
                     n_kv_heads=1, hidden_dim=48, max_seq_len=2048)
@@ -40,13 +41,18 @@ def cut(monkeypatch, size, folder):
                                   stories=64, drills=32, compiling=False),
                "files": replace(size.files, model=replace(model, max_seq_len=64),
                                 training=training, compiling=False)}
-    for name in "chat", "lora", "dpo":
+    for name in STAGES[1:]:
         recipe = getattr(size, name)
         recipes[name] = replace(recipe, training=replace(recipe.training, steps=3, warmup=1),
                                 examples=48, replay=16, batch_size=16, compiling=False)
+    recipes["rlhf"] = replace(recipes["rlhf"], batch_size=2)
     monkeypatch.setattr(stages, "size", lambda: Size(**recipes))
     monkeypatch.setattr(stages, "sample_pairs", lambda model, tokenizer, prompts, judge, **_: [
         (messages, q.answer("polite"), q.answer("rude")) for messages, q in prompts])
+    def made_up(asked, answers, texts):
+        return torch.arange(len(texts) * len(texts[0]), dtype=torch.float).view(len(texts), -1) % 5
+    monkeypatch.setattr(stages, "ppo", lambda policy, reference, tokenizer, asked, reward, *others:
+                        ppo(policy, reference, tokenizer, asked, made_up, *others))
     trials = scorecard.trials.__wrapped__
     monkeypatch.setattr(scorecard, "trials", lambda setting: trials(setting, 8))
     for name in "write_texts", "tell":
@@ -65,6 +71,7 @@ def test_a_stage_is_built_once(small, monkeypatch):
     first = {name: getattr(stages, name)(bar=False) for name in STAGES}
     monkeypatch.setattr(stages, "fit", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(stages, "finetune", lambda *_: pytest.fail("tuned again"))
+    monkeypatch.setattr(stages, "ppo", lambda *_: pytest.fail("tuned again"))
     second = {name: getattr(stages, name)(bar=False) for name in STAGES}
     for name in STAGES:
         a, b = first[name], second[name]
@@ -96,7 +103,7 @@ def test_an_adapter_is_the_same_whether_chat_was_built_just_now_or_loaded(small)
     assert_same(first.model, stages.lora(bar=False).model)
 
 
-@pytest.mark.parametrize("stage", ["base", "dpo"])
+@pytest.mark.parametrize("stage", ["base", "rlhf", "dpo"])
 def test_the_key_of_a_stage_covers_all_code_that_its_code_imports(stage, monkeypatch):
     """But for how files are read and written, which changes nothing in a model, and the arc, which
     imports everything."""
