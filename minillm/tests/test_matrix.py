@@ -49,7 +49,7 @@ TOKENIZERS = {                   # special tokens, pattern
     "gpt-2": (CHAT, GPT2_PATTERN),
     "odd": ((*CHAT, "[INST]", "a b", "<s>", "猫", "🦊", "\n\n"), None),
 }
-TEXTS = ["", "Ida has a kite.", "IT'S 2026,\r\n  naïve 猫 🦊!", "a b[INST] <s>é\n\n\n<|user|>x"]
+TEXTS = ["", "Ida has a kite.", "IT'S 2026,\r\n  naïve 猫 🦊!", "a b[INST] <s>é\n\n<|user|>x"]
 DIALOGUE = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Yes?"},
             {"role": "user", "content": "Who are you?"}]
 
