@@ -21,7 +21,6 @@ for test_attack.py.
 """
 import ast
 import contextlib
-import copy
 import importlib
 import io
 import itertools
@@ -35,6 +34,7 @@ import time
 import types
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 os.environ["NBGRADER_EXECUTION"] = "attack"       # exercise() raises
@@ -99,7 +99,8 @@ def names_of(node):
     """The names that a statement at the top of a cell defines."""
     if hasattr(node, "name"):                      # def, class
         return [node.name]
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return [n.id for n in names if isinstance(n.ctx, ast.Store)]
 
 
 def exercises_of(tree, name, answers, namespace):
@@ -175,9 +176,13 @@ def attempt(function, seconds, seed):
 
 def passes(exercise, make, runs=RUNS):
     """Whether the answer of make() passes each of several runs (it is made anew for each)."""
-    limit = 2 + 4 * exercise.seconds
-    return all(attempt(lambda: exercise.call(make()), limit, SEED + 1 + k) is None
+    return all(attempt(lambda: exercise.call(make()), limit(exercise), SEED + 1 + k) is None
                for k in range(runs))
+
+
+def limit(exercise):
+    """The seconds that one try may take."""
+    return 1 + 3 * exercise.seconds
 
 
 def note(exercise, attack, name, got_through):
@@ -185,6 +190,10 @@ def note(exercise, attack, name, got_through):
     row[0] += 1
     if got_through:
         row[1].append(name)
+
+
+def label(name, point):
+    return f"{name}, as {point.name}" if point.name else name
 
 
 # ---- the calls of the right answer
@@ -277,7 +286,8 @@ def library():
             continue
         module = importlib.import_module(info.name)
         for name, x in vars(module).items():
-            if not name.startswith("_") and getattr(x, "__module__", "") == info.name and callable(x):
+            own = callable(x) and getattr(x, "__module__", "") == info.name
+            if own and not name.startswith("_"):
                 found[f"{info.name}.{name}"] = x
     seen = set()
     for module in TORCH:
@@ -304,22 +314,20 @@ def constants(count):
 
 def attack_given(exercise, point, calls, functions):
     args, kwargs, result = calls[0]
-    arguments = len(args) + len(kwargs)
-    for name, function in {**constants(arguments), **functions}.items():
+    for name, function in {**constants(len(args) + len(kwargs)), **functions}.items():
         if function is exercise.answer:
             continue
-        got_through = survives(function, args, kwargs, result)
-        if got_through:
-            wrong = without_self(function) if point.skip else function
-            got_through = passes(exercise, lambda wrong=wrong: point.place(wrong))
-        note(exercise, "given", f"{name}{point.name and ' as '}{point.name}", got_through)
+        wrong = without_self(function) if point.skip else function
+        got_through = (survives(function, args, kwargs, result)
+                       and passes(exercise, partial(point.place, wrong)))
+        note(exercise, "given", label(name, point), got_through)
 
 
 def survives(function, args, kwargs, result):
     """Whether a call like the first call of the check goes through; else the check need not run."""
     if isinstance(result, Exception):
         return True
-    return attempt(lambda: function(*copied(args), **copied(kwargs)), 2, SEED) is None
+    return attempt(lambda: function(*copied(args), **copied(kwargs)), 1, SEED) is None
 
 
 def without_self(function):
@@ -392,48 +400,108 @@ def attack_frames(exercise, point):
 
     attempt(lambda: exercise.call(point.place(scout)), 600, SEED)
     for (name, how), use in seen.items():
-        def make(name=name, use=use):
-            count = itertools.count()
-
-            def thief(*args, **kwargs):
-                outer = args[point.skip:]
-                reach = in_reach(exercise.check, own, outer, kwargs)
-                return use(reach[name], outer, kwargs, next(count))
-
-            return point.place(thief)
-
-        note(exercise, "frames", f"{name}{how}{point.name and ' in '}{point.name}",
-             passes(exercise, make))
+        got_through = passes(exercise, partial(thief, exercise, point, own, name, use))
+        note(exercise, "frames", label(name + how, point), got_through)
 
 
-# ---- replayed, pinned
+def thief(exercise, point, own, name, use):
+    """The answer with a function that returns what it finds under this name, used in this way."""
+    count = itertools.count()
+
+    def steal(*args, **kwargs):
+        outer = args[point.skip:]
+        found = in_reach(exercise.check, own, outer, kwargs)[name]
+        return use(found, outer, kwargs, next(count))
+
+    return point.place(steal)
+
+
+# ---- replayed
 
 def attack_replayed(exercise, point, calls):
-    def by_number():
-        left = iter(calls)
+    for name, parrot in ("by number", by_number), ("by types and shapes", by_kinds):
+        got_through = passes(exercise, partial(parrot, point, calls))
+        note(exercise, "replayed", label(name, point), got_through)
 
-        def parrot(*args, **kwargs):
-            return given_again(next(left)[2])
-        return point.place(parrot)
 
-    def by_kinds():
-        table = {}
-        for args, kwargs, result in calls:
-            table.setdefault(kinds(args, kwargs), []).append(result)
+def by_number(point, calls):
+    left = iter(calls)
+    return point.place(lambda *args, **kwargs: given_again(next(left)[2]))
 
-        def parrot(*args, **kwargs):
-            results = table[kinds(args[point.skip:], kwargs)]
-            return given_again(results.pop(0) if len(results) > 1 else results[0])
-        return point.place(parrot)
 
-    for name, make in ("by the number of the call", by_number), ("by types and shapes", by_kinds):
-        note(exercise, "replayed", name + point.name, passes(exercise, make))
+def by_kinds(point, calls):
+    table = {}
+    for args, kwargs, result in calls:
+        table.setdefault(kinds(args, kwargs), []).append(result)
+
+    def parrot(*args, **kwargs):
+        results = table[kinds(args[point.skip:], kwargs)]
+        return given_again(results.pop(0) if len(results) > 1 else results[0])
+
+    return point.place(parrot)
 
 
 def given_again(result):
     if isinstance(result, Exception):
         raise result
     return copied(result)
+
+
+# ---- pinned
+
+def attack_pinned(exercise, point, calls):
+    for place in sorted({p for args, kwargs, _ in calls for p in named(args, kwargs)}, key=str):
+        pins = {}
+        for args, kwargs, _ in calls:
+            if place in named(args, kwargs):
+                x = named(args, kwargs)[place]
+                pins.setdefault(loose_kind(x), x)
+        seen = []                      # at each call: the value, and what it was pinned to
+        got_through = passes(exercise, partial(holding, point, place, pins, seen))
+        name = label(f"argument {place}", point)
+        if got_through and all(same(x, pin) for x, pin in seen):
+            name += ", which is always the same"
+        note(exercise, "pinned", name, got_through)
+
+
+def named(args, kwargs):
+    """The arguments by position or name."""
+    return {**dict(enumerate(args)), **kwargs}
+
+
+def loose_kind(x):
+    """The type, with the number of dimensions of tensors."""
+    return (*kind(x)[:2], x.ndim) if isinstance(x, (Tensor, np.ndarray)) else type(x).__name__
+
+
+def holding(point, place, pins, seen):
+    """The right answer with one argument pinned to what it was at the first call of its kind."""
+    pins = dict(pins)
+
+    def pinned(*args, **kwargs):
+        given = named(args[point.skip:], kwargs)
+        if place in given:
+            x = given[place]
+            pin = recycled(pins.setdefault(loose_kind(x), copied(x)), x)
+            seen.append((copied(x), pin))
+            if isinstance(place, int):
+                args = (*args[:point.skip + place], copied(pin), *args[point.skip + place + 1:])
+            else:
+                kwargs = {**kwargs, place: copied(pin)}
+        return point.original(*args, **kwargs)
+
+    return point.place(pinned)
+
+
+def recycled(pin, x):
+    """The values of `pin`, over and over, in the shape or length of x."""
+    if isinstance(pin, Tensor) and pin.shape != x.shape and pin.numel():
+        return pin.flatten()[torch.arange(x.numel()) % pin.numel()].reshape(x.shape)
+    if isinstance(pin, np.ndarray) and pin.shape != x.shape and pin.size:
+        return np.resize(pin, x.shape)
+    if type(pin) in (list, tuple) and len(pin) != len(x) and pin:
+        return type(pin)(itertools.islice(itertools.cycle(pin), len(x)))
+    return pin
 
 
 def same(a, b):
@@ -449,50 +517,15 @@ def same(a, b):
         return a is b
 
 
-def attack_pinned(exercise, point, calls):
-    """Each argument has the value that it first had in another run, for each kind of value."""
-    places = {place for args, kwargs, _ in calls for place in (*range(len(args)), *kwargs)}
-    for place in sorted(places, key=str):
-        first = {}
-        for args, kwargs, _ in calls:
-            given = {**dict(enumerate(args)), **kwargs}
-            if place in given:
-                first.setdefault(kind(given[place]), given[place])
-        fits = []                                    # at each call: was there a value to pin it to?
-
-        def make(place=place, first=first, fits=fits):
-            pins = dict(first)
-
-            def pinned(*args, **kwargs):
-                given = {**dict(enumerate(args[point.skip:])), **kwargs}
-                if place in given:
-                    fits.append(kind(given[place]) in pins)
-                    pin = pins.setdefault(kind(given[place]), copied(given[place]))
-                    if isinstance(place, int):
-                        args = list(args)
-                        args[point.skip + place] = copied(pin)
-                    else:
-                        kwargs[place] = copied(pin)
-                return point.original(*args, **kwargs)
-            return point.place(pinned)
-
-        got_through = passes(exercise, make)
-        label = f"argument {place}{point.name}"
-        if got_through and not any(fits):
-            exercise.remarks.append(f"{label} has another shape at each call: not pinned")
-        else:
-            note(exercise, "pinned", label, got_through)
-
-
 # ---- variants of the right answer
 
-def changed(x, change):
-    """x with `change` applied to its parts, and None where that changes nothing."""
+def changed(x, change, top=True):
+    """x with `change` applied to it or to its parts, and None where that changes nothing."""
     new = change(x)
-    if new is not None:
+    if new is not None and (top or change is not VARIANTS["0-d tensors of ints"]):
         return new
     if type(x) in (list, tuple):
-        parts = [changed(y, change) for y in x]
+        parts = [changed(y, change, top=False) for y in x]
         if any(y is not None for y in parts):
             return type(x)(y if new is None else new for y, new in zip(x, parts))
     return None
@@ -502,8 +535,8 @@ def is_float(x):
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def is_number(x):
-    return type(x) in (int, float)
+def detached(x):
+    return x.detach() if is_float(x) and x.requires_grad else None
 
 
 VARIANTS = {
@@ -511,9 +544,10 @@ VARIANTS = {
     "tuples as lists": lambda x: list(x) if type(x) is tuple else None,
     "float64": lambda x: x.double() if is_float(x) and x.dtype != torch.float64 else None,
     "numbers of 0-d tensors": lambda x: x.item() if isinstance(x, Tensor) and x.ndim == 0 else None,
-    "0-d tensors of numbers": lambda x: torch.tensor(x) if is_number(x) else None,
-    "0-d float64 tensors of numbers":
+    "0-d tensors of floats":
         lambda x: torch.tensor(x, dtype=torch.float64) if type(x) is float else None,
+    "0-d tensors of ints":                           # as argmax and sum give them
+        lambda x: torch.tensor(x) if type(x) is int else None,
     "requires grad":
         lambda x: x.clone().requires_grad_() if is_float(x) and not x.requires_grad else None,
 }
@@ -523,31 +557,41 @@ def attack_variants(exercise, point, calls):
     results = [result for _, _, result in calls if not isinstance(result, Exception)]
     for name, change in VARIANTS.items():
         if any(changed(result, change) is not None for result in results):
-            def variant(*args, change=change, **kwargs):
-                result = point.original(*args, **kwargs)
-                new = changed(result, change)
-                return result if new is None else new
-            try_variant(exercise, point, name, variant)
-
-    if any(is_float(x) and x.dtype != torch.float64 for args, _, _ in calls for x in args):
+            try_variant(exercise, point, name, partial(variant, point.original, change))
+    given = [x for args, kwargs, _ in calls for x in named(args, kwargs).values()]
+    if not any(isinstance(x, nn.Module) or is_float(x) and x.requires_grad for x in given):
+        # (else the check may go backward through the result)
+        if any(changed(result, detached) is not None for result in results):
+            try_variant(exercise, point, "detached", partial(variant, point.original, detached))
+    if any(is_float(x) and x.dtype != torch.float64 for x in given):
         failed = []
-
-        def in_float64(*args, **kwargs):
-            wide = [x.double() if is_float(x) else x for x in args]
-            try:
-                return point.original(*wide, **kwargs)
-            except Exception as error:
-                failed.append(error)
-                raise
-        # (where the right answer itself fails on float64, this says nothing about the check)
-        try_variant(exercise, point, "computed in float64", in_float64, failed)
+        try_variant(exercise, point, "computed in float64",
+                    partial(in_float64, point.original, failed), failed)
 
 
-def try_variant(exercise, point, name, variant, failed=()):
-    error = attempt(lambda: exercise.call(point.place(variant)), 2 + 4 * exercise.seconds, SEED + 1)
+def variant(original, change, *args, **kwargs):
+    result = original(*args, **kwargs)
+    new = changed(result, change)
+    return result if new is None else new
+
+
+def in_float64(original, failed, *args, **kwargs):
+    """Where the right answer itself fails on float64, this says nothing about the check."""
+    try:
+        return original(*(x.double() if is_float(x) else x for x in args), **kwargs)
+    except Exception as error:
+        failed.append(error)
+        raise
+
+
+def try_variant(exercise, point, name, function, failed=()):
+    def answer(*args, **kwargs):           # a function, so that it becomes a method of a class
+        return function(*args, **kwargs)
+
+    error = attempt(lambda: exercise.call(point.place(answer)), limit(exercise), SEED + 1)
     if not failed:
-        said = error and f" ({type(error).__name__}: {str(error).strip()[:120]})"
-        note(exercise, "variants", f"{name}{point.name}{said or ''}", error is not None)
+        said = f" ({type(error).__name__}: {str(error).strip()[:120]})" if error else ""
+        note(exercise, "variants", label(name, point) + said, error is not None)
 
 
 # ---- all of them
@@ -563,8 +607,7 @@ def attack(exercise, functions):
         for name, change in VARIANTS.items():
             new = changed(exercise.answer, change)
             if new is not None:
-                error = attempt(lambda new=new: exercise.call(new), 2, SEED)
-                note(exercise, "variants", name, error is not None)
+                note(exercise, "variants", name, not passes(exercise, lambda new=new: new, runs=1))
         return
     for point in points(exercise.answer):
         calls = recorded(exercise, point, SEED)
