@@ -97,6 +97,18 @@ def test_an_answer_that_a_library_has(tmp_path):
     assert through == {("given", "mul")}
 
 
+@pytest.mark.parametrize("formula, found", [
+    ("by**x", "float_power(args[1], args[0])"),
+    ("-x.relu()", "relu(args[0]) * -1"),
+    ("x.sort()[0]", "sort(args[0])[0]"),
+])
+def test_an_answer_in_one_line(tmp_path, formula, found):
+    functions = {name: getattr(torch, name) for name in ("relu", "sort", "float_power")}
+    _, through = attack(tmp_path, SOUND.replace("x + x * by", formula),
+                        ANSWER.replace("x * by + x", formula), functions)
+    assert ("given", found) in through
+
+
 def test_a_try_that_hangs_is_cut(tmp_path):
     def hang(x, by):
         while True:
