@@ -43,6 +43,7 @@ from unittest import mock
 import nbformat
 import numpy as np
 import torch
+import torch._dynamo  # noqa: F401  (optimizers import it late; cut in the middle, it stays broken)
 from torch import Tensor, nn
 
 import minillm
@@ -207,7 +208,7 @@ def memory_for(gigabytes):
 def attempt(function, seconds, seed):
     """What function() raises, or None. Silent, with random numbers from this seed."""
     seeded(seed)
-    error = None
+    error, modules = None, len(sys.modules)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             try:
@@ -220,6 +221,9 @@ def attempt(function, seconds, seed):
         stop_timers()                                    # (in case it came just before the first)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
+    if isinstance(error, TooLong):
+        for name in list(sys.modules)[modules:]:         # an import may have been cut
+            del sys.modules[name]
     if isinstance(error, KeyboardInterrupt):
         raise error
     return error
@@ -573,9 +577,15 @@ def attack_pinned(exercise, point, calls):
         seen = []                      # at each call: the value, and what it was pinned to
         got_through = passes(exercise, partial(holding, point, place, pins, seen))
         name = f"argument {place}"
+        if got_through and all(x is pin and not isinstance(x, DATA) for x, pin in seen):
+            exercise.remarks.append(label(f"{name} is one object, the same at each call", point))
+            continue                   # a tokenizer, for example
         if got_through and all(same(x, pin) for x, pin in seen):
             name += ", which is always the same"
         note(exercise, "pinned", label(name, point), got_through)
+
+
+DATA = int, float, complex, str, bytes, list, tuple, dict, set, Tensor, np.ndarray, type(None)
 
 
 def named(args, kwargs):
