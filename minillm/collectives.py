@@ -116,7 +116,7 @@ def ring_all_gather(group: Group, xs: Sequence[Tensor]) -> list[Tensor]:
             part[(r - step - 1) % n] = received
     return [torch.cat([part[i] for i in range(n)]) for part in parts]
 
-
+# %% ../notebooks/10_parallel.ipynb #10c00026
 def ring_all_reduce(group: Group, xs: Sequence[Tensor], op: Callable = torch.add) -> list[Tensor]:
     """The sum over all ranks (or another op), for all ranks; any shape.
 
@@ -127,7 +127,7 @@ def ring_all_reduce(group: Group, xs: Sequence[Tensor], op: Callable = torch.add
     whole = ring_all_gather(group, ring_reduce_scatter(group, flat, op))
     return [w[:x.numel()].view(x.shape) for w, x in zip(whole, xs)]
 
-# %% ../notebooks/10_parallel.ipynb #10c00030
+# %% ../notebooks/10_parallel.ipynb #10c00031
 DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.int64
 
 
@@ -161,7 +161,7 @@ class GlooGroup(Group):
             work.wait()
         self.leaving.clear()
 
-# %% ../notebooks/10_parallel.ipynb #10c00032
+# %% ../notebooks/10_parallel.ipynb #10c00033
 # PyTorch's threads now and then abort a process that the interpreter takes down, after its work is
 # done. So the processes leave without ceremony.
 LEAVE = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
@@ -191,7 +191,7 @@ def torchrun(program: str, processes: int, seconds: float = 120) -> subprocess.C
                 "one wait for a message that nobody sends?") from None
     return subprocess.CompletedProcess(command, started.returncode, out, err)
 
-# %% ../notebooks/10_parallel.ipynb #10c00051
+# %% ../notebooks/10_parallel.ipynb #10c00054
 def sum_gradients(group: Group, models: Iterable[nn.Module]) -> None:
     """Replace each gradient by its sum over all ranks. models: the replica of each rank here."""
     params = [list(model.parameters()) for model in models]

@@ -4,7 +4,7 @@
 # %% auto #0
 __all__ = ['STEP', 'GRADIENT_STEP', 'snap', 'dyadic', 'to_grid']
 
-# %% ../notebooks/10_parallel.ipynb #10c00040
+# %% ../notebooks/10_parallel.ipynb #10c00041
 from collections.abc import Sequence
 
 import torch
@@ -33,13 +33,13 @@ def snap(x: Tensor | Sequence[Tensor], gradients: bool = True) -> Tensor | list[
         return _Snap.apply(x, gradients)
     return [_Snap.apply(z, gradients) for z in x]
 
-# %% ../notebooks/10_parallel.ipynb #10c00042
+# %% ../notebooks/10_parallel.ipynb #10c00043
 class _DyadicNorm(RMSNorm):
     def forward(self, x):
         normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * snap(normed, gradients=False)
 
-
+# %% ../notebooks/10_parallel.ipynb #10c00044
 def dyadic(model: nn.Module) -> nn.Module:
     """Change a Llama, whole or cut over ranks, in place: weights, inputs and outputs of matrices,
     and gradients of outputs are on a grid, in float64, where sums of products are exact as long as
@@ -61,7 +61,7 @@ def _snap_input(module, args):
     first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
     return (snap(args[0], gradients=False),) if first.is_floating_point() else None
 
-
+# %% ../notebooks/10_parallel.ipynb #10c00045
 @torch.no_grad()
 def to_grid(model: nn.Module) -> None:
     """Round the weights to the grid, in place, as is necessary again after each step."""

@@ -9,7 +9,7 @@ also splits what the processes hold (chapter 10).
 __all__ = ['joined', 'losing_none', 'code_number', 'check_same_code', 'my_rows', 'add_gradients',
            'broadcast', 'Processes', 'ShardedMuon', 'sharded', 'split', 'fill']
 
-# %% ../notebooks/10_parallel.ipynb #10c00069
+# %% ../notebooks/10_parallel.ipynb #10c00072
 import hashlib
 import os
 import signal
@@ -33,7 +33,7 @@ from .tensor_parallel import (ColumnParallelLinear,  # noqa: F401
                                      RowParallelLinear, TensorParallelLlama)
 from .train import OneProcess, TrainConfig
 
-# %% ../notebooks/10_parallel.ipynb #10c00070
+# %% ../notebooks/10_parallel.ipynb #10c00073
 @contextmanager
 def joined(patience: float = 1800) -> Iterator[None]:
     """Within, the processes that torchrun started work together, each on a GPU of its own where
@@ -64,7 +64,7 @@ def joined(patience: float = 1800) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
 
-# %% ../notebooks/10_parallel.ipynb #10c00071
+# %% ../notebooks/10_parallel.ipynb #10c00074
 @contextmanager
 def losing_none() -> Iterator[None]:
     """A process that lost the others raises ConnectionError, with a sentence, whether it noticed
@@ -88,7 +88,7 @@ def losing_none() -> Iterator[None]:
         if main:
             signal.signal(signal.SIGTERM, before)
 
-
+# %% ../notebooks/10_parallel.ipynb #10c00075
 def code_number() -> int:
     """A number that tells versions of minillm and PyTorch apart."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
@@ -106,7 +106,7 @@ def check_same_code(device: str | torch.device = "cpu") -> None:
         raise ValueError(f"{other} of {world} processes run another minillm or PyTorch than the "
                          "first: install the same versions on all hosts")
 
-# %% ../notebooks/10_parallel.ipynb #10c00073
+# %% ../notebooks/10_parallel.ipynb #10c00077
 def my_rows(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """This process's share of a batch, a tuple of tensors with as many rows each: every world-th
     row.
@@ -132,7 +132,7 @@ def add_gradients(params: Iterable[nn.Parameter]) -> None:
     for p, g in zip(params, flat.split([p.numel() for p in params])):
         p.grad = g.view_as(p)
 
-
+# %% ../notebooks/10_parallel.ipynb #10c00078
 def broadcast(params: Iterable[nn.Parameter]) -> None:
     """Copy the parameters of the first process to all others, in place. Sharded ones are of one
     model already."""
@@ -141,7 +141,7 @@ def broadcast(params: Iterable[nn.Parameter]) -> None:
             if not is_share(p):
                 dist.broadcast(p.data, 0)
 
-# %% ../notebooks/10_parallel.ipynb #10c00075
+# %% ../notebooks/10_parallel.ipynb #10c00080
 class Processes(OneProcess):
     """The group that train() needs for a run on several processes, whether sharded or not.
 
@@ -172,7 +172,7 @@ class Processes(OneProcess):
         """The joint norm of gradients of which each process may hold a share."""
         return full_tensor(super().norm(gradients))
 
-
+# %% ../notebooks/10_parallel.ipynb #10c00081
 class ShardedMuon(Muon):
     """Muon for matrices of which each process holds a share: it orthogonalizes whole ones."""
 
@@ -181,7 +181,7 @@ class ShardedMuon(Muon):
         whole = super().orthogonal([full_tensor(matrix) for matrix in matrices])
         return [share_of(update, matrix) for update, matrix in zip(whole, matrices)]
 
-# %% ../notebooks/10_parallel.ipynb #10c00085
+# %% ../notebooks/10_parallel.ipynb #10c00091
 @contextmanager
 def sharded(model: nn.Module) -> Iterator[nn.Module]:
     """Within, a model to train in place of `model`, of whose parameters, gradients and moments each
@@ -210,7 +210,7 @@ def sharded(model: nn.Module) -> Iterator[nn.Module]:
         raise
     fill(model, twin)
 
-# %% ../notebooks/10_parallel.ipynb #10c00086
+# %% ../notebooks/10_parallel.ipynb #10c00092
 def split(model: nn.Module) -> nn.Module:
     """Apply PyTorch's fully_shard to what is in lists of modules, the blocks, and to the rest, in
     place; returns the model."""
@@ -226,7 +226,7 @@ def split(model: nn.Module) -> nn.Module:
         unit.set_force_sum_reduction_for_comms(True)
     return model
 
-
+# %% ../notebooks/10_parallel.ipynb #10c00093
 def fill(model: nn.Module, twin: nn.Module) -> None:
     """Give each parameter of `model` the whole of what the processes share in `twin`."""
     for p, share in zip(model.parameters(), twin.parameters(), strict=True):
