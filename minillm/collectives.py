@@ -133,7 +133,7 @@ DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.int64
 
 class GlooGroup(Group):
     """A group with one rank per process, on CPUs. The processes were started by torchrun, and this
-    one is within `minillm.parallel.joined`."""
+    one is within `minillm.data_parallel.joined`."""
 
     def __init__(self):
         super().__init__(dist.get_world_size(), [dist.get_rank()])

@@ -6,7 +6,7 @@ __all__ = ['Stage', 'fill_drain', 'one_forward_one_backward', 'needed', 'simulat
            'bubble', 'most_kept', 'run_pipeline', 'forward_pass', 'backward_pass',
            'add_tied_gradients']
 
-# %% ../notebooks/10_parallel.ipynb #10c00133
+# %% ../notebooks/10_parallel.ipynb #10c00134
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .collectives import Group
 from .model import Llama
 
-# %% ../notebooks/10_parallel.ipynb #10c00134
+# %% ../notebooks/10_parallel.ipynb #10c00135
 class Stage(nn.Module):
     """The part of a Llama that one of n ranks has: some of the blocks, the first stage also the
     embedding, the last also the final norm and the head; copies, so that ranks share nothing.
@@ -55,13 +55,13 @@ class Stage(nn.Module):
             x = layer(x, cos, sin)
         return self.lm_head(self.norm(x)) if self.last else x
 
-# %% ../notebooks/10_parallel.ipynb #10c00136
+# %% ../notebooks/10_parallel.ipynb #10c00137
 def fill_drain(stage: int, stages: int, m: int) -> list[tuple[str, int]]:
     """The order of a stage's passes over m micro-batches: all forward passes, then all backward
     passes (Huang et al. 2019, "GPipe")."""
     return [("F", i) for i in range(m)] + [("B", i) for i in range(m)]
 
-# %% ../notebooks/10_parallel.ipynb #10c00137
+# %% ../notebooks/10_parallel.ipynb #10c00138
 def one_forward_one_backward(stage: int, stages: int, m: int) -> list[tuple[str, int]]:
     """As fill_drain, but a stage that is k stages before the last is only k forward passes ahead
     of its backward passes (Narayanan et al. 2021, section 2.2)."""
@@ -72,14 +72,14 @@ def one_forward_one_backward(stage: int, stages: int, m: int) -> list[tuple[str,
         order.append(("B", i))
     return order
 
-# %% ../notebooks/10_parallel.ipynb #10c00140
+# %% ../notebooks/10_parallel.ipynb #10c00141
 def needed(stage: int, kind: str, i: int, stages: int) -> list[tuple[int, str, int]]:
     """The passes that have to be done before this one, on this stage or a neighbor."""
     if kind == "F":
         return [(stage - 1, "F", i)] if stage > 0 else []
     return [(stage, "F", i)] + ([(stage + 1, "B", i)] if stage < stages - 1 else [])
 
-# %% ../notebooks/10_parallel.ipynb #10c00141
+# %% ../notebooks/10_parallel.ipynb #10c00142
 def simulate(orders: Sequence[list[tuple[str, int]]], forward: float = 1.0,
              backward: float = 2.0) -> dict[tuple[int, str, int], tuple[float, float]]:
     """When each pass begins and ends, as {(stage, kind, micro-batch): (begin, end)}, if messages
@@ -110,20 +110,20 @@ def stuck(ranks: Sequence[int], orders: Sequence[Sequence[tuple[str, int]]]) -> 
              for r, order in zip(ranks, orders) if order)
     return f"the schedule is impossible: {', '.join(waits)}, which nobody will send"
 
-# %% ../notebooks/10_parallel.ipynb #10c00142
+# %% ../notebooks/10_parallel.ipynb #10c00144
 def bubble(times: dict[tuple[int, str, int], tuple[float, float]]) -> float:
     """The share of the time in which a stage has nothing to do, on average over the stages."""
     stages = 1 + max(stage for stage, _, _ in times)
     busy = sum(end - begin for begin, end in times.values())
     return 1 - busy / (stages * max(end for _, end in times.values()))
 
-# %% ../notebooks/10_parallel.ipynb #10c00143
+# %% ../notebooks/10_parallel.ipynb #10c00145
 def most_kept(order: Sequence[tuple[str, int]]) -> int:
     """For how many micro-batches at once a stage keeps activations."""
     kept = [sum(1 if kind == "F" else -1 for kind, _ in order[:k]) for k in range(len(order) + 1)]
     return max(kept)
 
-# %% ../notebooks/10_parallel.ipynb #10c00148
+# %% ../notebooks/10_parallel.ipynb #10c00150
 def run_pipeline(group: Group, stages: Sequence[Stage], schedule: Callable,
                  micro: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
     """Add the gradients of one step to those of the stages of the ranks that live here.
@@ -155,7 +155,7 @@ def run_pipeline(group: Group, stages: Sequence[Stage], schedule: Callable,
     group.wait()
     return losses
 
-# %% ../notebooks/10_parallel.ipynb #10c00149
+# %% ../notebooks/10_parallel.ipynb #10c00151
 def forward_pass(group: Group, r: int, stage: Stage, i: int, batch: tuple[Tensor, Tensor],
                  total: int, kept: dict) -> float | None:
     """Micro-batch i through the stage of rank r. Returns its share of the loss, 0.0 if it is not
@@ -172,7 +172,7 @@ def forward_pass(group: Group, r: int, stage: Stage, i: int, batch: tuple[Tensor
     kept[r, i] = x, y
     return y.item() if stage.last else 0.0
 
-# %% ../notebooks/10_parallel.ipynb #10c00150
+# %% ../notebooks/10_parallel.ipynb #10c00152
 def backward_pass(group: Group, r: int, stage: Stage, i: int, kept: dict) -> bool:
     """Micro-batch i back through the stage. Returns whether it could be done."""
     if (r, i) not in kept:
@@ -186,7 +186,7 @@ def backward_pass(group: Group, r: int, stage: Stage, i: int, kept: dict) -> boo
         group.send(x.grad, r, r - 1)
     return True
 
-# %% ../notebooks/10_parallel.ipynb #10c00152
+# %% ../notebooks/10_parallel.ipynb #10c00154
 def add_tied_gradients(group: Group, stages: Sequence[Stage]) -> None:
     """Give the first and the last stage the sum of their gradients of the matrix that both have."""
     ends = {0: group.world - 1, group.world - 1: 0}

@@ -6,7 +6,7 @@ __all__ = ['copy_in', 'sum_out', 'cut', 'ColumnParallelLinear', 'RowParallelLine
            'ParallelAttention', 'ParallelSwiGLU', 'Replicated', 'ParallelBlock', 'own_ids',
            'VocabParallelEmbedding', 'parallel_cross_entropy', 'TensorParallelLlama']
 
-# %% ../notebooks/10_parallel.ipynb #10c00098
+# %% ../notebooks/10_parallel.ipynb #10c00099
 from collections.abc import Sequence
 from copy import deepcopy
 
@@ -21,7 +21,7 @@ from .layers import SwiGLU
 from .model import Block, Llama
 from .rope import apply_rope
 
-# %% ../notebooks/10_parallel.ipynb #10c00099
+# %% ../notebooks/10_parallel.ipynb #10c00100
 class _CopyIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, *xs):
@@ -38,7 +38,7 @@ def copy_in(group: Group, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     is summed over ranks. The f of Shoeybi et al. 2019, "Megatron-LM", section 3."""
     return _CopyIn.apply(group, *xs)
 
-# %% ../notebooks/10_parallel.ipynb #10c00100
+# %% ../notebooks/10_parallel.ipynb #10c00101
 class _SumOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, *xs):
@@ -54,7 +54,7 @@ def sum_out(group: Group, xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     Shoeybi et al. 2019."""
     return _SumOut.apply(group, *xs)
 
-# %% ../notebooks/10_parallel.ipynb #10c00102
+# %% ../notebooks/10_parallel.ipynb #10c00103
 def cut(group: Group, weight: Tensor, dim: int, what: str) -> list[Tensor]:
     """The part of a tensor that belongs to each rank here, equal parts along `dim`.
 
@@ -66,7 +66,7 @@ def cut(group: Group, weight: Tensor, dim: int, what: str) -> list[Tensor]:
     parts = weight.detach().chunk(group.world, dim)
     return [parts[r].clone() for r in group.ranks]
 
-# %% ../notebooks/10_parallel.ipynb #10c00103
+# %% ../notebooks/10_parallel.ipynb #10c00104
 class ColumnParallelLinear(nn.Module):
     """x W^T without bias, the outputs cut over the ranks: each has some rows of W (o, i).
 
@@ -83,7 +83,7 @@ class ColumnParallelLinear(nn.Module):
         """xs (..., i), the same on all ranks -> each rank's outputs, (..., o / n) per matrix."""
         return [F.linear(x, w) for x, w in zip(copy_in(self.group, xs), self.weights)]
 
-# %% ../notebooks/10_parallel.ipynb #10c00104
+# %% ../notebooks/10_parallel.ipynb #10c00105
 class RowParallelLinear(nn.Module):
     """x W^T without bias, the inputs cut over the ranks: each has some columns of W (o, i).
 
@@ -98,7 +98,7 @@ class RowParallelLinear(nn.Module):
         """xs: each rank's part, (..., i / n) -> (..., o), the same on all ranks."""
         return sum_out(self.group, [F.linear(x, w) for x, w in zip(xs, self.weights)])
 
-# %% ../notebooks/10_parallel.ipynb #10c00110
+# %% ../notebooks/10_parallel.ipynb #10c00111
 class ParallelAttention(nn.Module):
     """Attention with its heads cut over the ranks. Raises ValueError if the ranks do not divide the
     number of key-value heads (real systems then give several ranks a copy of the same head)."""
@@ -126,7 +126,7 @@ class ParallelAttention(nn.Module):
         out = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
         return rearrange(out, "b h t k -> b t (h k)")
 
-# %% ../notebooks/10_parallel.ipynb #10c00112
+# %% ../notebooks/10_parallel.ipynb #10c00113
 class ParallelSwiGLU(nn.Module):
     """SwiGLU with its hidden width cut over the ranks."""
 
@@ -140,7 +140,7 @@ class ParallelSwiGLU(nn.Module):
         pairs = (z.chunk(2, -1) for z in self.gate_up_proj(xs))
         return self.down_proj([F.silu(gate) * up for gate, up in pairs])
 
-# %% ../notebooks/10_parallel.ipynb #10c00114
+# %% ../notebooks/10_parallel.ipynb #10c00115
 class Replicated(nn.ModuleList):
     """A module of which every rank has a copy."""
 
@@ -168,7 +168,7 @@ class ParallelBlock(nn.Module):
         xs = [x + y for x, y in zip(xs, ys)]
         return [x + y for x, y in zip(xs, self.mlp(self.post_attention_layernorm(xs)))]
 
-# %% ../notebooks/10_parallel.ipynb #10c00116
+# %% ../notebooks/10_parallel.ipynb #10c00117
 def own_ids(group: Group, ids: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     """For each rank here, which ids are among its `size` tokens, a bool tensor, and their rows in
     its part (row 0 for the ids of other ranks)."""
@@ -176,7 +176,7 @@ def own_ids(group: Group, ids: Tensor, size: int) -> list[tuple[Tensor, Tensor]]
     mine = [(0 <= z) & (z < size) for z in rows]
     return [(m, z * m) for m, z in zip(mine, rows)]
 
-# %% ../notebooks/10_parallel.ipynb #10c00117
+# %% ../notebooks/10_parallel.ipynb #10c00118
 class VocabParallelEmbedding(nn.Module):
     """An embedding (v, d) with its rows cut over the ranks.
 
@@ -193,7 +193,7 @@ class VocabParallelEmbedding(nn.Module):
         return sum_out(self.group, [F.embedding(rows, w) * mine[..., None]
                                     for w, (mine, rows) in zip(self.weights, own)])
 
-# %% ../notebooks/10_parallel.ipynb #10c00119
+# %% ../notebooks/10_parallel.ipynb #10c00120
 def parallel_cross_entropy(group: Group, logits: Sequence[Tensor],
                            targets: Tensor) -> list[Tensor]:
     """The sum of the cross-entropies where targets (b, t) are not -100, a scalar that is the same
@@ -207,7 +207,7 @@ def parallel_cross_entropy(group: Group, logits: Sequence[Tensor],
     counts = targets != -100
     return [((m + s.log() - z) * counts).sum() for m, s, z in zip(top, sums, right)]
 
-# %% ../notebooks/10_parallel.ipynb #10c00124
+# %% ../notebooks/10_parallel.ipynb #10c00125
 class TensorParallelLlama(nn.Module):
     """A Llama cut over the ranks of a group: each has some heads, a part of the hidden width and of
     the vocabulary, and a copy of the norms. Raises ValueError if they cannot be cut evenly."""

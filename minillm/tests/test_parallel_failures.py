@@ -87,7 +87,7 @@ test.in_each(test.{what.__name__}, Path({str(tmp_path)!r}), {patience})
 
 
 def test_the_signal_to_end_is_a_sentence_within_and_the_former_handler_returns():
-    from minillm.parallel import losing_none
+    from minillm.data_parallel import losing_none
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ConnectionError, match="process 0 of 1 lost the others"), losing_none():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -99,7 +99,7 @@ def test_the_signal_to_end_is_a_sentence_within_and_the_former_handler_returns()
     ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer",
      ConnectionError), ("mat1 and mat2 shapes cannot be multiplied", RuntimeError)])
 def test_only_errors_of_the_connection_are_renamed(message, kind):
-    from minillm.parallel import losing_none
+    from minillm.data_parallel import losing_none
     with pytest.raises(kind) as error, losing_none():
         raise RuntimeError(message)
     assert ("lost the others" in str(error.value)) == (kind is ConnectionError)

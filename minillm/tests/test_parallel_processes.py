@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from minillm import parallel
+from minillm import data_parallel
 from minillm.collectives import GlooGroup, LocalGroup, ring_all_reduce, torchrun
-from minillm.parallel import Processes, check_same_code, joined, my_rows
+from minillm.data_parallel import Processes, check_same_code, joined, my_rows
 from minillm.pipeline import Stage, one_forward_one_backward, run_pipeline
 from minillm.storage.shared import full_tensor
 from minillm.tensor_parallel import TensorParallelLlama
@@ -42,7 +42,7 @@ def in_each():
         dist.all_reduce(x)
         say("all_reduce", torch.equal(ours, x) and group.sent[rank] == local.sent[rank])
         say("shapes", "rank" in refusal(ring_all_reduce, group, [torch.ones(4 + 2 * rank)]))
-        parallel.code_number = lambda: min(rank, 1)
+        data_parallel.code_number = lambda: min(rank, 1)
         say("code", f"{group.world - 1} of {group.world} processes run another minillm or PyTorch"
             in refusal(check_same_code))
         if group.world == 2:
