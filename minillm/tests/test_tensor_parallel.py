@@ -97,7 +97,7 @@ def test_the_loss_is_cross_entropy(n, dtype):
 def test_logits_and_bytes(tied):
     torch.manual_seed(0)
     model = Llama(LlamaConfig(**{**vars(CONFIG), "tie_embeddings": tied}))
-    ids = torch.randint(32, (3, 10))
+    ids = torch.randint(32, (3, 8))
     for n in 2, 4:
         group = LocalGroup(n)
         parallel = TensorParallelLlama(group, model)
@@ -108,7 +108,7 @@ def test_logits_and_bytes(tied):
         group.sent = dict.fromkeys(group.ranks, 0)
         torch.autograd.backward(parallel.loss(ids, ids))
         times = (4 * CONFIG.n_layers + 2) * CONFIG.dim + 3          # numbers per token
-        assert group.sent[0] == pytest.approx(2 * (n - 1) / n * times * ids.numel() * 4, abs=4 * 6)
+        assert group.sent[0] == 2 * (n - 1) * times * ids.numel() * 4 / n
 
 
 @pytest.mark.parametrize("changes, n, said", [
