@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from minillm.collectives import torchrun
+from minillm.data_parallel import Processes, joined, reporting_lost_processes
 from minillm.model import Llama, LlamaConfig
-from minillm.parallel import Processes, joined
 from minillm.storage.shared import rank_and_world
 from minillm.tests import parallel_runs as runs
 from minillm.train import TrainConfig, load_checkpoint, train
@@ -87,11 +87,11 @@ test.in_each(test.{what.__name__}, Path({str(tmp_path)!r}), {patience})
 
 
 def test_the_signal_to_end_is_a_sentence_within_and_the_former_handler_returns():
-    from minillm.data_parallel import losing_none
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ConnectionError, match="process 0 of 1 lost the others"), losing_none():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+    with pytest.raises(ConnectionError, match="process 0 of 1 lost the others"):
+        with reporting_lost_processes():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -99,7 +99,6 @@ def test_the_signal_to_end_is_a_sentence_within_and_the_former_handler_returns()
     ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer",
      ConnectionError), ("mat1 and mat2 shapes cannot be multiplied", RuntimeError)])
 def test_only_errors_of_the_connection_are_renamed(message, kind):
-    from minillm.data_parallel import losing_none
-    with pytest.raises(kind) as error, losing_none():
+    with pytest.raises(kind) as error, reporting_lost_processes():
         raise RuntimeError(message)
     assert ("lost the others" in str(error.value)) == (kind is ConnectionError)
