@@ -129,7 +129,7 @@ def table(course: list[Chapter], address: str = "", root: Path = ROOT) -> str:
             f"[{c.title}](notebooks/{c.name}.ipynb)",
             ", ".join(f"[`{m}.py`](minillm/{m}.py)" for m in c.modules),
             ", ".join(f"{n.number:02}" for n in before[c.name]),
-            f"{c.minutes} min",
+            f"{c.minutes}&nbsp;min",
             "" if c.seconds is None else duration(c.seconds),
             f"[{c.number:02}]({exercises})" if (root / exercises).exists() else "",
         ]
@@ -149,11 +149,11 @@ def duration(seconds: int) -> str:
     """About how long: to the next ten seconds or, from 100 seconds on, half minute.
 
     >>> duration(4), duration(83), duration(117)
-    ('10 s', '80 s', '2 min')
+    ('10&nbsp;s', '80&nbsp;s', '2&nbsp;min')
     """
     if seconds < 95:
-        return f"{max(10, 10 * round(seconds / 10))} s"
-    return f"{round(seconds / 30) / 2:g} min"
+        return f"{max(10, 10 * round(seconds / 10))}&nbsp;s"
+    return f"{round(seconds / 30) / 2:g}&nbsp;min"
 
 
 def with_table(readme: str, table: str) -> str:

@@ -53,9 +53,9 @@ def test_the_table(tmp_path):
     rows = table(chapters(tmp_path), root=tmp_path).splitlines()
     assert rows[2:] == [
         "| | **Part 1: build a LLaMA** | | | | | |",
-        "| 01 | [Something](notebooks/01_a.ipynb) | [`a.py`](minillm/a.py) | | 0 min | | |",
+        "| 01 | [Something](notebooks/01_a.ipynb) | [`a.py`](minillm/a.py) | | 0&nbsp;min | | |",
         "| | **Appendices** | | | | | |",
-        "| 23 | [Speed](notebooks/23_b.ipynb) | | 01 | 30 min | | |"]
+        "| 23 | [Speed](notebooks/23_b.ipynb) | | 01 | 30&nbsp;min | | |"]
     with_links = table(chapters(tmp_path), "https://github.com/ada/course", tmp_path).splitlines()
     assert "https://codespaces.new/ada/course" in with_links[0]
     assert with_links[-1].endswith("| [Colab](https://colab.research.google.com/github/ada/course/"
@@ -79,12 +79,12 @@ def test_readme_keeps_what_stands_around_the_table():
 def test_the_table_of_readme_is_up_to_date():
     """Minutes to read may be off by ten, so that a new sentence does not change README."""
     def minutes(text):
-        return [int(found) for found in re.findall(r"\| (\d+) min \|", text)]
+        return [int(found) for found in re.findall(r"\| (\d+)&nbsp;min \|", text)]
 
     there, now = README, with_table(README, table(chapters(), address()))
     advice = "run python -m minillm.course.contents"
     assert all(abs(a - b) <= 10 for a, b in zip(minutes(there), minutes(now), strict=True)), advice
-    assert re.sub(r"\d+ min \|", "", there) == re.sub(r"\d+ min \|", "", now), advice
+    assert re.sub(r"\| \d+&nbsp;min \|", "", there) == re.sub(r"\| \d+&nbsp;min \|", "", now), advice
 
 
 # ---- the picture
