@@ -27,6 +27,8 @@ import itertools
 import os
 import pkgutil
 import random
+import re
+import resource
 import signal
 import sys
 import tempfile
@@ -36,18 +38,18 @@ import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
-os.environ["NBGRADER_EXECUTION"] = "attack"       # exercise() raises
-os.environ.setdefault("MPLBACKEND", "agg")
+import nbformat
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-import nbformat  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import minillm
+from minillm.course.exercise import CHECK, MARKER
 
-import minillm  # noqa: E402
-from minillm.course.exercise import CHECK, MARKER  # noqa: E402
-
+# exercise() raises, and figures open no window
+ENVIRONMENT = {"NBGRADER_EXECUTION": "attack", "MPLBACKEND": "agg"}
 RUNS = 3          # a wrong answer got through if it passes so many times in a row
 SEED = 1000
 
@@ -63,6 +65,7 @@ class Exercise:
     check: types.FunctionType
     answer: object
     call: object                                   # call(answer): run the check with this answer
+    own: list = field(default_factory=list)        # all answers that this check is given
     seconds: float = 0.0                           # what the right answer takes
     table: dict = field(default_factory=dict)      # attack: [tried, names of what got through]
     remarks: list = field(default_factory=list)    # which attacks do not apply, and why
@@ -83,16 +86,21 @@ def exercises(path):
         for cell in notebook.cells:
             if cell.cell_type != "code" or "mistakes" in cell.metadata.get("tags", ()):
                 continue
-            source = "\n".join("" if line.startswith(("%", "!")) else line
-                               for line in cell.source.splitlines())
+            source = without_magics(cell.source)
             tree = ast.parse(source)
-            exec(compile(tree, f"<{cell.id}>", "exec"), vars(module))
+            silence = contextlib.redirect_stdout(io.StringIO())
+            with mock.patch.dict(os.environ, ENVIRONMENT), silence:
+                exec(compile(tree, f"<{cell.id}>", "exec"), vars(module))
             if MARKER.search(source):
                 answers = {name for node in tree.body for name in names_of(node)}
             elif CHECK.search(source):
                 yield from exercises_of(tree, CHECK.search(source)[1], answers, vars(module))
     finally:
         sys.modules["__main__"] = main
+
+
+def without_magics(source):
+    return re.sub(r"^([ \t]*)[%!].*", r"\1pass", source, flags=re.M)
 
 
 def names_of(node):
@@ -106,19 +114,21 @@ def names_of(node):
 def exercises_of(tree, name, answers, namespace):
     """The exercises of a check cell: check_NAME(...) calls in `with exercise(...)`."""
     found = []
-    for node in ast.walk(next(node for node in tree.body if isinstance(node, ast.With))):
+    body = next(node for node in ast.walk(tree) if isinstance(node, ast.With)
+                and ast.unparse(node.items[0]).startswith("exercise("))
+    for node in ast.walk(body):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "").startswith("check"):
             places = [(i, a) for i, a in enumerate(node.args)]
             places += [(k.arg, k.value) for k in node.keywords]
             given = {place: value(a, namespace) for place, a in places}
             mine = [place for place, a in places if getattr(a, "id", None) in answers]
-            for place in mine:
-                label = name if len(mine) == 1 else f"{name} ({given[place].__name__})"
-                found.append(Exercise(label, namespace[node.func.id], given[place],
-                                      caller(namespace[node.func.id], given, place)))
+            check, own = namespace[node.func.id], [given[place] for place in mine]
+            for place, answer in zip(mine, own):
+                label = name if len(mine) == 1 else f"{name} ({answer.__name__})"
+                found.append(Exercise(label, check, answer, caller(check, given, place), own))
     if not found:
         found = [Exercise(name, None, None, None)]
-        found[0].remarks.append("not attacked: no check_...(answer) in `with exercise(...)`")
+        note(found[0], "given", "everything: the check is no check_...(answer)", True)
     return found
 
 
@@ -155,6 +165,23 @@ def cut_after(seconds):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def memory_for(gigabytes):
+    """In the body, more memory than that cannot be allocated (where /proc says what is used)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        yield
+        return
+    now = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + gigabytes * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (int(most), now[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, now)
 
 
 def attempt(function, seconds, seed):
@@ -314,24 +341,82 @@ def constants(count):
 
 def attack_given(exercise, point, calls, functions):
     args, kwargs, result = calls[0]
+    comparable = not (kwargs or isinstance(result, Exception) or numbers(result) is None)
     for name, function in {**constants(len(args) + len(kwargs)), **functions}.items():
-        if function is exercise.answer:
-            continue
         wrong = without_self(function) if point.skip else function
-        got_through = (survives(function, args, kwargs, result)
+        got_through = (survives(exercise, function, args, kwargs, result)
                        and passes(exercise, partial(point.place, wrong)))
         note(exercise, "given", label(name, point), got_through)
+        if comparable and not got_through and name in functions:
+            attack_in_one_line(exercise, point, calls[0], name, function)
 
 
-def survives(function, args, kwargs, result):
+def survives(exercise, function, args, kwargs, result):
     """Whether a call like the first call of the check goes through; else the check need not run."""
     if isinstance(result, Exception):
         return True
-    return attempt(lambda: function(*copied(args), **copied(kwargs)), 1, SEED) is None
+    seconds = 0.2 + exercise.seconds
+    return attempt(lambda: function(*copied(args), **copied(kwargs)), seconds, SEED) is None
 
 
 def without_self(function):
     return lambda self, *args, **kwargs: function(*args, **kwargs)
+
+
+def attack_in_one_line(exercise, point, call, name, function):
+    """The function with some of the arguments in some order, or a part of what it returns.
+
+    Only what agrees with the right answer at the first call is handed to the check.
+    """
+    args, _, result = call
+    for order in orders(len(args)):
+        found = []
+        given = [copied(args[i]) for i in order]
+        if attempt(lambda given=given, found=found: found.append(function(*given)), 0.2, SEED):
+            continue
+        for way, use in PARTS.items():
+            if (way or order != tuple(range(len(args)))) and agrees(use, found[0], result):
+                shown = f"{name}({', '.join(f'args[{i}]' for i in order)}){way}"
+                line = in_one_line(function, order, use, point.skip)
+                got_through = passes(exercise, partial(point.place, line))
+                note(exercise, "given", label(shown, point), got_through)
+                if got_through:
+                    return
+
+
+def orders(count):
+    """Which arguments to hand on, in which order."""
+    if count > 3:                                  # all of them, or all but one
+        return [tuple(range(count)), *itertools.combinations(range(count), count - 1)]
+    return [order for k in range(1, count + 1) for order in itertools.permutations(range(count), k)]
+
+
+PARTS = {"": lambda x: x, "[0]": lambda x: x[0], "[1]": lambda x: x[1], "[-1]": lambda x: x[-1],
+         ".mean()": lambda x: x.mean(), ".sum()": lambda x: x.sum(), " * -1": lambda x: -x,
+         ".mT": lambda x: x.mT}
+
+
+def in_one_line(function, order, use, skip):
+    return lambda *args: use(function(*(args[skip + i] for i in order)))
+
+
+def numbers(x):
+    """The numbers of a result as one tensor, or None."""
+    try:
+        if type(x) in (list, tuple):
+            return torch.cat([numbers(y).flatten() for y in x])
+        return torch.as_tensor(x).detach().double()
+    except Exception:
+        return None
+
+
+def agrees(use, found, result):
+    """Whether a part of what was found is the right result, but for rounding."""
+    try:
+        x, y = numbers(use(found)), numbers(result)
+        return x.shape == y.shape and torch.allclose(x, y, rtol=1e-4, atol=1e-5, equal_nan=True)
+    except Exception:
+        return False
 
 
 # ---- frames: what the answer can read where it is called
@@ -370,6 +455,8 @@ def uses(x):
         for j in (-1, 0, 1, 2):
             ways[f"[n][{j}]"] = lambda v, args, kwargs, n, j=j: item(v, n)[j]
         if isinstance(x, dict):
+            for key in list(x)[:5]:
+                ways[f"[{key!r}]"] = lambda v, args, kwargs, n, key=key: v[key]
             ways["[args[0]]"] = lambda v, args, kwargs, n: v[args[0]]
             ways["[args]"] = lambda v, args, kwargs, n: v[args]
         if isinstance(x, (list, tuple)):
@@ -388,7 +475,7 @@ def of_library(x):
 
 
 def attack_frames(exercise, point):
-    own = [exercise.answer, point.original]
+    own = [*exercise.own, point.original]
     seen = {}                                                   # (name, how): use
 
     def scout(*args, **kwargs):
@@ -458,10 +545,10 @@ def attack_pinned(exercise, point, calls):
                 pins.setdefault(loose_kind(x), x)
         seen = []                      # at each call: the value, and what it was pinned to
         got_through = passes(exercise, partial(holding, point, place, pins, seen))
-        name = label(f"argument {place}", point)
+        name = f"argument {place}"
         if got_through and all(same(x, pin) for x, pin in seen):
             name += ", which is always the same"
-        note(exercise, "pinned", name, got_through)
+        note(exercise, "pinned", label(name, point), got_through)
 
 
 def named(args, kwargs):
@@ -535,15 +622,10 @@ def is_float(x):
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def detached(x):
-    return x.detach() if is_float(x) and x.requires_grad else None
-
-
 VARIANTS = {
     "lists as tuples": lambda x: tuple(x) if type(x) is list else None,
     "tuples as lists": lambda x: list(x) if type(x) is tuple else None,
     "float64": lambda x: x.double() if is_float(x) and x.dtype != torch.float64 else None,
-    "numbers of 0-d tensors": lambda x: x.item() if isinstance(x, Tensor) and x.ndim == 0 else None,
     "0-d tensors of floats":
         lambda x: torch.tensor(x, dtype=torch.float64) if type(x) is float else None,
     "0-d tensors of ints":                           # as argmax and sum give them
@@ -551,18 +633,21 @@ VARIANTS = {
     "requires grad":
         lambda x: x.clone().requires_grad_() if is_float(x) and not x.requires_grad else None,
 }
+WITHOUT_GRADIENT = {
+    "numbers of 0-d tensors": lambda x: x.item() if isinstance(x, Tensor) and x.ndim == 0 else None,
+    "detached": lambda x: x.detach() if is_float(x) and x.requires_grad else None,
+}
 
 
 def attack_variants(exercise, point, calls):
     results = [result for _, _, result in calls if not isinstance(result, Exception)]
-    for name, change in VARIANTS.items():
+    given = [x for args, kwargs, _ in calls for x in named(args, kwargs).values()]
+    variants = VARIANTS
+    if not any(isinstance(x, nn.Module) or is_float(x) and x.requires_grad for x in given):
+        variants = {**variants, **WITHOUT_GRADIENT}    # else the check may go backward through it
+    for name, change in variants.items():
         if any(changed(result, change) is not None for result in results):
             try_variant(exercise, point, name, partial(variant, point.original, change))
-    given = [x for args, kwargs, _ in calls for x in named(args, kwargs).values()]
-    if not any(isinstance(x, nn.Module) or is_float(x) and x.requires_grad for x in given):
-        # (else the check may go backward through the result)
-        if any(changed(result, detached) is not None for result in results):
-            try_variant(exercise, point, "detached", partial(variant, point.original, detached))
     if any(is_float(x) and x.dtype != torch.float64 for x in given):
         failed = []
         try_variant(exercise, point, "computed in float64",
@@ -612,7 +697,7 @@ def attack(exercise, functions):
     for point in points(exercise.answer):
         calls = recorded(exercise, point, SEED)
         if not calls:
-            exercise.remarks.append(f"the check never calls {point.name or 'the answer'}")
+            note(exercise, "given", label("everything: the check never calls it", point), True)
             continue
         if point.name != ".__init__":                # a constructor returns nothing
             attack_given(exercise, point, calls, functions)
@@ -641,13 +726,12 @@ def attacked(path, functions=None):
         warnings.simplefilter("ignore")
         os.chdir(folder)                             # what is written there by accident is lost
         try:
-            silent = io.StringIO()
-            with contextlib.redirect_stdout(silent):
-                for exercise in exercises(path):
-                    start = time.perf_counter()
+            for exercise in exercises(path):
+                start = time.perf_counter()
+                with memory_for(2):
                     attack(exercise, functions)
-                    exercise.took = time.perf_counter() - start
-                    yield exercise
+                exercise.took = time.perf_counter() - start
+                yield exercise
         finally:
             os.chdir(there)
 
@@ -667,17 +751,18 @@ def report(exercise):
     return "\n".join(lines + [f"    ({remark})" for remark in exercise.remarks])
 
 
-def main(paths):
-    torch.set_num_threads(1)
-    functions, leaks = library(), 0
+def main(paths, functions=None):
+    """Print the table of these notebooks. Returns how many tries got through."""
+    functions, leaks = functions or library(), 0
     print(f"{'wrong answers that passed, of those tried':<40}"
           + "".join(f"{name:>12}" for name in ATTACKS[:-1]) + f"{'refused':>12}")
     for path in paths:
         for exercise in attacked(path, functions):
-            print(report(exercise), file=sys.__stdout__, flush=True)
+            print(report(exercise), flush=True)
             leaks += sum(len(through) for _, through in exercise.table.values())
     return leaks
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     sys.exit(1 if main(sys.argv[1:]) else 0)
