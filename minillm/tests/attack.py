@@ -3,14 +3,18 @@
     python -m minillm.tests.attack solutions/03_positions.ipynb ...
 
 Runs the code cells of a notebook of solutions and, after each check cell, hands answers to its
-check that know nothing and must be rejected (by any exception; a try that takes too long is cut):
+check that know nothing and must be rejected. (Any exception rejects. A try that takes too long is
+cut, and what passes only now and then is no leak: it must pass three times in a row.)
 
-    given       every public function and class of minillm and torch, and constants
+    given       every public function and class of minillm and torch, as it is, with some of the
+                arguments in some order, or a part of its result; constants
     frames      what can be read from the frames that call the answer, from the notebook's globals,
-                and from the closures of the arguments
+                and from the closures of the arguments: values, elements of lists, and what
+                functions found there return for the same arguments
     replayed    the results of the right answer in another run, by the number of the call,
                 and by the types and shapes of the arguments
-    pinned      the right answer, with one argument held at the value that it had before
+    pinned      the right answer, with one argument held at the value that it had in another run
+                (the numbers of a tensor; its shape is the one of the call)
 
 and variants of the right answer that must be accepted:
 
@@ -18,6 +22,10 @@ and variants of the right answer that must be accepted:
 
 Prints what was tried and what got through, and exits with 1 if anything did. For maintainers, and
 for test_attack.py.
+
+A check holds if it draws sizes and values anew each time, varies each argument, and calls the
+answer *before* the expected value, or a function that computes it, has a name: first all calls,
+then `def reference(...)`, then the comparison.
 """
 import ast
 import contextlib
