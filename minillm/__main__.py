@@ -16,10 +16,10 @@ import torch
 from minillm.arc import ranges, scorecard, sizes, stages
 from minillm.arc.cache import Stage
 from minillm.data import ENDOFTEXT
+from minillm.data_parallel import joined
 from minillm.fast_decode import FastDecoder
 from minillm.generate import stream
 from minillm.hub import model_card, save_gguf, save_pretrained
-from minillm.parallel import joined
 from minillm.serving import server
 from minillm.sft import answer_room, encode_prompt
 

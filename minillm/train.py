@@ -189,8 +189,8 @@ def describe_run(config: TrainConfig, batches: Batches) -> dict[str, str]:
 # %% ../notebooks/07_training.ipynb #5a7940c9
 class OneProcess:
     """How a run is spread over processes: here, not at all. When torchrun has started several
-    processes, `minillm/parallel.py` replaces these five methods, and nothing else in this module
-    changes."""
+    processes, `minillm/data_parallel.py` (chapter 10) replaces these five methods, and nothing
+    else in this module changes."""
 
     def optimizer(self, model: nn.Module, c: TrainConfig, muon: type = Muon) -> AdamW:
         """The optimizer that the settings ask for."""

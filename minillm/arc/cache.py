@@ -29,8 +29,8 @@ from minillm.tokenizer import Tokenizer
 from minillm.world import Setting
 
 # The modules whose code shapes every stage.
-CODE = ("arc.cache", "arc.fit", "arc.stages", "attention", "bpe", "data", "fast_train", "layers",
-        "model", "optim", "parallel", "rope", "storage.shared", "tokenizer", "train",
+CODE = ("arc.cache", "arc.fit", "arc.stages", "attention", "bpe", "data", "data_parallel",
+        "fast_train", "layers", "model", "optim", "rope", "storage.shared", "tokenizer", "train",
         "world.drills", "world.stories", "world.templates")
 RANK, ALPHA = 8, 16                       # of LoRA: what is stored of an adapter does not say them
 FILES = ("tokenizer.json", "model.safetensors", "history.json")      # of a stage in the cache

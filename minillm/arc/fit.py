@@ -1,16 +1,16 @@
 """Decides how a stage trains on this machine (fast blocks, compiling, processes), and runs train().
 
 The loop is that of chapter 07; the fast pieces come from chapter 23, several processes from
-minillm/parallel.py.
+chapter 10.
 """
 from collections.abc import Callable
 from contextlib import nullcontext
 
 from torch import nn
 
+from minillm.data_parallel import Processes, sharded
 from minillm.fast_train import (by_hand, can_compile, chunked_loss, compiled, fused_loss,
                                 keep_memory)
-from minillm.parallel import Processes, sharded
 from minillm.train import Batches, TrainConfig, count_targets, token_loss, train
 
 

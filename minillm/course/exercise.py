@@ -89,6 +89,20 @@ def mistake(check: Callable, wrong: Callable, expected: str) -> None:
     print(f"caught: {message}")
 
 
+def right(check: Callable, answer: Callable) -> None:
+    """Show that `check` accepts `answer`, a right answer that is written differently.
+
+    Raises AssertionError, with what the check said, if it refuses or crashes.
+    """
+    name = getattr(answer, "__name__", answer)
+    try:
+        check(answer)
+    except Exception as error:
+        said = str(error).strip() if isinstance(error, AssertionError) else _kind(error)
+        raise AssertionError(f"{check.__name__} refused the right answer {name}: {said}") from error
+    print(f"accepted: {name}")
+
+
 def _is_mistake(cell):
     return "mistakes" in cell.metadata.get("tags", ())
 

@@ -27,7 +27,7 @@ def all_reduce_sum(number: int | float, device: str | torch.device = "cpu") -> i
 
 
 def is_share(tensor: Tensor) -> bool:
-    """Whether a tensor is the share of one process, a DTensor (see `minillm.parallel.sharded`)."""
+    """Whether a tensor is the share of one process, a DTensor (see `data_parallel.sharded`)."""
     return hasattr(tensor, "full_tensor")
 
 
