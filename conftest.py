@@ -1,4 +1,5 @@
 """Settings of `pytest` for the whole course: notebooks (run by nbval), doctests and the tests."""
+import importlib.util
 import os
 
 import pytest
@@ -10,6 +11,9 @@ if PARALLEL:
 # What the tests and notebooks assert about trained models is about this size, on a GPU, too, where
 # another one is the default.
 os.environ.setdefault("MINILLM_SIZE", "cpu")
+
+if importlib.util.find_spec("sphinx") is None:
+    collect_ignore = ["minillm/course/book_pages.py"]    # needs the extra [book] of pyproject.toml
 
 failed = {}    # notebook: its first cell that failed
 

@@ -12,6 +12,7 @@ from sphinx.addnodes import toctree
 from sphinx.application import Sphinx
 from sphinx.parsers import Parser
 from sphinx.util import logging
+from sphinx.writers.html5 import HTML5Translator
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class ModulePage(Parser):
         document += page
 
 
-def mathml(writer, node, block):
-    """Put a formula into the page. What cannot be translated is a warning, and shown as LaTeX."""
+def mathml(writer: HTML5Translator, node: nodes.Node, block: bool) -> None:
+    """Put a formula into the page. What cannot be translated is a warning, which stops the book."""
     tex = node.astext()
     # (docutils knows \bigl( and \bigr), but not \big, whose side is that of the parenthesis)
     tex = re.sub(r"\\([bB]ig)(?=[(\[])", r"\\\1l", tex)
@@ -49,20 +50,22 @@ def mathml(writer, node, block):
     except MathError as error:
         logger.warning("a formula that docutils cannot translate: %s: %s", error, node.astext(),
                        location=node)
-        formula = f"<code>{writer.encode(node.astext())}</code>"
+        raise nodes.SkipNode from None
     writer.body.append(f'<div class="formula">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 
 
-def inline_math(writer, node):
+def inline_math(writer: HTML5Translator, node: nodes.Node) -> None:
+    """A formula within a line."""
     mathml(writer, node, block=False)
 
 
-def block_math(writer, node):
+def block_math(writer: HTML5Translator, node: nodes.Node) -> None:
+    """A formula on lines of its own."""
     mathml(writer, node, block=True)
 
 
-def add_exercises(app, doctree):
+def add_exercises(app: Sphinx, doctree: nodes.document) -> None:
     """Put the exercises of a chapter below it in the sidebar."""
     chapter = app.env.docname
     exercises = chapter.replace("notebooks/", "exercises/")
