@@ -118,6 +118,21 @@ def test_a_try_that_hangs_is_cut(tmp_path):
     assert not through and exercise.took < 5
 
 
+def test_an_argument_that_is_one_object(tmp_path):
+    check = SOUND.replace("random.random()", "TWICE").replace("x * by", "x * by(1)")
+    answer = ANSWER.replace("x * by", "x * by(1)") + "\ndef TWICE(x): return 2 * x"
+    exercise, through = attack(tmp_path, check, answer)
+    assert not through and "argument 1 is one object" in exercise.remarks[0]
+
+
+def test_a_function_that_opens_numbers_does_not_close_our_output(tmp_path):
+    def closes(x, by):
+        open(1).close()
+
+    attack(tmp_path, SOUND, functions={"closes": closes})
+    os.fstat(1)
+
+
 def test_what_an_argument_hides(tmp_path):
     answer = ANSWER.replace("x, by", "ask").replace("x * by + x", "2 * ask()")
     check = """\
