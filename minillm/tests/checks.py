@@ -193,3 +193,32 @@ def check_problems(notebook, verdict):
             if "nbval-check-output" not in cell.metadata.get("tags", []):
                 problems.append(f"{name}: the check cell lacks the tag nbval-check-output")
     return problems
+
+
+def lesson_problems(solution):
+    """Each exercise shows wrong answers that are caught and right ones that are accepted.
+
+    The cells after its check print these: `caught: MESSAGE` three times or more, each with another
+    message, and `accepted: NAME` twice or more. Each **Think:** is answered in the next cell.
+    """
+    problems, name = [], None
+    caught, accepted = {}, {}
+    for cell, after in zip(solution.cells, [*solution.cells[1:], None]):
+        if cell.cell_type == "code":
+            for name in CHECK.findall(cell.source):
+                caught[name], accepted[name] = set(), []
+            if name:
+                lines = text_of(cell).splitlines()
+                caught[name] |= {line for line in lines if line.startswith("caught: ")}
+                accepted[name] += [line for line in lines if line.startswith("accepted: ")]
+        elif "**Think:**" in cell.source:
+            tags = after.metadata.get("tags", []) if after else []
+            if "mistakes" not in tags or not after.source.startswith("*An answer:*"):
+                problems.append(f"{name}: no answer after **Think:**: it stands in a cell tagged "
+                                "`mistakes` that begins with *An answer:*")
+    for name in caught:
+        if len(caught[name]) < 3:
+            problems.append(f"{name}: {len(caught[name])} different mistakes are caught, not 3")
+        if len(accepted[name]) < 2:
+            problems.append(f"{name}: {len(accepted[name])} right answers are accepted, not 2")
+    return problems

@@ -8,7 +8,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from minillm.course.exercise import stamp, strip
 from minillm.course.export import write_modules
 from minillm.tests.checks import (BOOTSTRAP, chapter_problems, code_cells, exercise_problems,
-                                  link_problems, package_problems, run_problems, solution_problems)
+                                  lesson_problems, link_problems, package_problems, run_problems,
+                                  solution_problems)
 
 
 def executed(*cells, **metadata):
@@ -213,3 +214,31 @@ def test_exercise_problems(spoil, expected):
     notebook = not_solved()
     spoil(notebook.cells)
     assert expected in exercise_problems(notebook, solved())[0]
+
+
+def lesson(caught=3, accepted=2, answer="*An answer:* yes.", tag="mistakes"):
+    notebook = solved()
+    said = [f"caught: it is not {i}" for i in range(caught)]
+    said += ["accepted: another"] * accepted
+    notebook.cells[2].outputs = [new_output("stream", text="\n".join(said))]
+    notebook.cells += [new_markdown_cell("**Think:** is it?"),
+                       new_markdown_cell(answer, metadata={"tags": [tag]})]
+    return notebook
+
+
+@pytest.mark.parametrize("notebook, expected", [
+    (lesson(), None),
+    (lesson(caught=2), "2 different mistakes"),
+    (lesson(accepted=1), "1 right answers"),
+    (lesson(answer="Yes."), "01.1 one: no answer after"),
+    (lesson(tag="other"), "01.1 one: no answer after"),
+])
+def test_lesson_problems(notebook, expected):
+    problems = lesson_problems(notebook)
+    assert problems == [] if expected is None else expected in problems[0]
+
+
+def test_lesson_problems_count_different_mistakes():
+    notebook = lesson(caught=0)
+    notebook.cells[2].outputs[0].text += "\ncaught: it is not one" * 3
+    assert "1 different mistakes" in lesson_problems(notebook)[0]

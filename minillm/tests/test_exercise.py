@@ -1,5 +1,6 @@
 """The check of an exercise, the generator of `exercises/`, and what nbgrader needs of both."""
 import os
+import re
 import subprocess
 import sys
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from minillm.course.exercise import (BLANK, exercise, generate, main, mistake, stamp, strip,
-                                     without_outputs)
+from minillm.course.exercise import (BLANK, exercise, generate, main, mistake, right, stamp,
+                                     strip, without_outputs)
 
 ANSWER = '''\
 def one(x):
@@ -121,6 +122,23 @@ def test_mistake_that_is_not_caught(function, said):
 
     with pytest.raises(AssertionError, match=said):
         mistake(check_one, function, "is it one?")
+
+
+def test_right_prints_what_was_accepted(capsys):
+    right(lambda f: f(1), abs)
+    assert capsys.readouterr().out == "accepted: abs\n"
+
+
+@pytest.mark.parametrize("function, said", [
+    (wrong, "check_one refused the right answer wrong: is it one?"),
+    (crash, "check_one refused the right answer crash: RuntimeError: mat1 and mat2"),
+])
+def test_right_that_is_refused(function, said):
+    def check_one(f):
+        f(1)
+
+    with pytest.raises(AssertionError, match=re.escape(said)):
+        right(check_one, function)
 
 
 def notebook(*sources, mistakes=(MISTAKE,)):
