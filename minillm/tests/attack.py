@@ -149,22 +149,42 @@ def caller(check, given, place):
 def seeded(number):
     random.seed(number)
     np.random.seed(number)
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)      # (torch.manual_seed is slow, because of CUDA)
+
+
+TIMERS = {signal.SIGPROF: signal.ITIMER_PROF, signal.SIGALRM: signal.ITIMER_REAL}
+
+
+def cut(*_):
+    raise TooLong
+
+
+def start_timers(seconds):
+    """Raise TooLong after so many seconds of processor time, or ten times as many on the clock."""
+    for timer, factor in (signal.ITIMER_PROF, 1), (signal.ITIMER_REAL, 10):
+        signal.setitimer(timer, factor * seconds, 1)     # and each second, if something swallows it
+
+
+def stop_timers():
+    while True:
+        try:
+            for timer in TIMERS.values():
+                signal.setitimer(timer, 0)
+            return
+        except TooLong:                                  # at this very moment
+            pass
 
 
 @contextlib.contextmanager
-def cut_after(seconds):
-    """Raise TooLong in the body when it takes longer."""
-    def cut(*_):
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, cut)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)       # again, if something swallows it
+def timers():
+    """In the body, attempt() can cut what takes too long."""
+    before = {number: signal.signal(number, cut) for number in TIMERS}
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        stop_timers()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -187,18 +207,22 @@ def memory_for(gigabytes):
 def attempt(function, seconds, seed):
     """What function() raises, or None. Silent, with random numbers from this seed."""
     seeded(seed)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            with cut_after(seconds):
+    error = None
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            try:
+                start_timers(seconds)
                 function()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        return error
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_grad_enabled(True)
-    return None
+            finally:
+                stop_timers()
+        except BaseException as raised:                  # SystemExit, TooLong, ...
+            error = raised
+        stop_timers()                                    # (in case it came just before the first)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    return error
 
 
 def passes(exercise, make, runs=RUNS):
@@ -284,9 +308,9 @@ def recorded(exercise, point, seed):
         calls.append((*given, copied(result)))
         return result
 
-    start = time.perf_counter()
+    start = time.process_time()
     error = attempt(lambda: exercise.call(point.place(recorder)), 600, seed)
-    exercise.seconds = max(exercise.seconds, time.perf_counter() - start)
+    exercise.seconds = max(exercise.seconds, time.process_time() - start)
     if error is not None:
         raise AssertionError(f"{exercise.name}: the right answer fails in another run: "
                              f"{type(error).__name__}: {error}") from error
@@ -348,7 +372,7 @@ def attack_given(exercise, point, calls, functions):
                        and passes(exercise, partial(point.place, wrong)))
         note(exercise, "given", label(name, point), got_through)
         if comparable and not got_through and name in functions:
-            attack_in_one_line(exercise, point, calls[0], name, function)
+            attack_in_one_line(exercise, point, name, function, args, result)
 
 
 def survives(exercise, function, args, kwargs, result):
@@ -363,16 +387,15 @@ def without_self(function):
     return lambda self, *args, **kwargs: function(*args, **kwargs)
 
 
-def attack_in_one_line(exercise, point, call, name, function):
+def attack_in_one_line(exercise, point, name, function, args, result):
     """The function with some of the arguments in some order, or a part of what it returns.
 
     Only what agrees with the right answer at the first call is handed to the check.
     """
-    args, _, result = call
     for order in orders(len(args)):
         found = []
-        given = [copied(args[i]) for i in order]
-        if attempt(lambda given=given, found=found: found.append(function(*given)), 0.2, SEED):
+        call = partial(keep, found, function, [copied(args[i]) for i in order])
+        if attempt(call, 0.2, SEED) is not None:
             continue
         for way, use in PARTS.items():
             if (way or order != tuple(range(len(args)))) and agrees(use, found[0], result):
@@ -382,6 +405,10 @@ def attack_in_one_line(exercise, point, call, name, function):
                 note(exercise, "given", label(shown, point), got_through)
                 if got_through:
                     return
+
+
+def keep(found, function, args):
+    found.append(function(*args))
 
 
 def orders(count):
@@ -727,13 +754,20 @@ def attacked(path, functions=None):
         os.chdir(folder)                             # what is written there by accident is lost
         try:
             for exercise in exercises(path):
-                start = time.perf_counter()
-                with memory_for(2):
+                start = time.process_time()
+                with timers(), memory_for(2), mock.patch("builtins.open", open_by_name):
                     attack(exercise, functions)
-                exercise.took = time.perf_counter() - start
+                exercise.took = time.process_time() - start
                 yield exercise
         finally:
             os.chdir(there)
+
+
+def open_by_name(file, *args, open=open, **kwargs):
+    """open(), but not open(1), which would close our stdout in the end."""
+    if isinstance(file, int):
+        raise TypeError("a number is no name of a file")
+    return open(file, *args, **kwargs)
 
 
 def report(exercise):

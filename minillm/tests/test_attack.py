@@ -118,6 +118,14 @@ def test_a_try_that_hangs_is_cut(tmp_path):
     assert not through and exercise.took < 5
 
 
+def test_a_function_that_opens_numbers_does_not_close_our_output(tmp_path):
+    def closes(x, by):
+        open(1).close()
+
+    attack(tmp_path, SOUND, functions={"closes": closes})
+    os.fstat(1)
+
+
 def test_what_an_argument_hides(tmp_path):
     answer = ANSWER.replace("x, by", "ask").replace("x * by + x", "2 * ask()")
     check = """\
