@@ -23,7 +23,8 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A new binary file beside `path`, which takes the place of `path` when the block ends.
 
     By then it is on the disk, should the power fail. After an error within the block the new file
-    is gone, and what `path` was before stays.
+    is gone, and what `path` was before stays. An OSError of writing, such as that of a full disk,
+    names `path`.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -33,6 +34,10 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        if error.filename is None and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         part.unlink(missing_ok=True)
 

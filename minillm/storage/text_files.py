@@ -4,7 +4,6 @@ Written by hand; chapter 06 reads its corpora with them.
 """
 import hashlib
 import os
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -12,9 +11,9 @@ from http.client import HTTPException
 from pathlib import Path
 
 from platformdirs import user_cache_path
-from tqdm import tqdm
 
 from minillm.data import ENDOFTEXT
+from minillm.storage.progress import progress_bar
 
 CORPORA = {     # name: address, SHA-256, bytes
     "tinyshakespeare": (
@@ -96,9 +95,8 @@ def fetch(url: str, part: Path) -> None:
     have = have if response.status == 206 else 0
     total = have + int(response.headers.get("Content-Length", 0))
     with response, part.open("ab" if have else "wb") as file:
-        with tqdm(desc=part.stem, initial=have, total=total or None, unit="B", unit_scale=True,
-                  ncols=90, mininterval=0.2 if sys.stdout.isatty() else 10,
-                  file=sys.stdout) as bar:
+        with progress_bar(desc=part.stem, initial=have, total=total or None, unit="B",
+                          unit_scale=True) as bar:
             while block := response.read(2**16):
                 file.write(block)
                 bar.update(len(block))
@@ -115,8 +113,9 @@ def file_sha256(path: str | Path) -> str:
 def download(url: str, path: str | Path, sha256: str) -> Path:
     """Brings `url` to `path`, with a progress bar, unless it is there; returns the path.
 
-    An interrupted download continues at the next call. Raises OSError if the connection fails
-    (path.part keeps what came), ValueError if the content has another checksum.
+    An interrupted download continues at the next call. Raises OSError if the connection fails or
+    the file cannot be written (path.part keeps what came), ValueError if the content has another
+    checksum.
     """
     path, part = Path(path), Path(f"{path}.part")
     if path.exists():
@@ -124,12 +123,16 @@ def download(url: str, path: str | Path, sha256: str) -> Path:
             raise ValueError(f"{path} is not what {url} should be: "
                              "rename or delete it, then call again")
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         fetch(url, part)
     except (OSError, HTTPException) as e:
-        raise OSError(f"{url}: {e or type(e).__name__}. "
-                      "Call again to go on from where it stopped") from None
+        place = getattr(e, "filename", None)         # urllib's errors have their address here
+        if isinstance(place, (str, Path)) and place != url:
+            raise OSError(f"{place} cannot be written ({e.strerror}): make its folder writable, or "
+                          "name another one (MINILLM_CACHE for texts that are downloaded)") from None
+        raise OSError(f"{url}: {e or type(e).__name__}. Call again to go on from where it stopped "
+                      f"({part} has what came)") from None
     if (found := file_sha256(part)) != sha256:
         part.unlink()
         raise ValueError(f"{url} has the checksum {found} instead of {sha256}: "
