@@ -306,9 +306,11 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     """The Llama in a folder of Hugging Face's format, ours or published, with its weights in dtype.
 
     Raises ValueError, naming file and tensor, for what is missing, damaged, or not a LLaMA like
-    ours. No pickle is ever opened.
+    ours, TypeError for a dtype that is none. No pickle is ever opened.
     """
     folder = Path(folder)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be one of torch's, such as torch.float16: got {dtype!r}")
     if not folder.is_dir():
         found = "a file" if folder.exists() else "not there"
         raise ValueError(f"{folder} is {found}: name the folder that holds config.json")

@@ -61,7 +61,11 @@ def read_adapter(folder: str | Path, layers: Sequence[str]) -> Adapter:
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise ValueError(f"{path}: lora_alpha must be a number above 0: got {alpha!r:.40}")
     if not weights.is_file():
-        raise ValueError(f"{weights} is missing")
+        pickle, reason = weights.with_suffix(".bin"), ""
+        if pickle.exists():
+            reason = (f"; {pickle.name} is a pickle, which can run any code when it is opened: "
+                      "convert it where you trust it")
+        raise ValueError(f"{weights} is missing{reason}")
     names = find_layers(settings.get("target_modules"), layers, path)
     return Adapter(rank, alpha, names, dict(read_tensors(weights)))
 

@@ -11,25 +11,33 @@ from typing import Any
 import regex
 
 from minillm.storage.foreign import check_keys, read_json
-from minillm.tokenizer import Tokenizer
+from minillm.tokenizer import Tokenizer, split_pieces
 from minillm.tokenizer_json import GPT2_PATTERN, unspell
 
 HONORED = ("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size",
            "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
            "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
            "rope_parameters", "tie_word_embeddings")
+# rope_traditional is mlx's name for neighbors instead of halves.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "partial_rotary_factor": 1.0, "rope_interleaved": False}
+        "partial_rotary_factor": 1.0, "rope_interleaved": False, "rope_traditional": False,
+        "use_sliding_window": False}
 HARMLESS = (
     "initializer_range", "attention_dropout",                  # of training
-    "use_cache", "pretraining_tp", "dtype", "torch_dtype",     # how it is computed, not what
+    # how it is computed, and in which form it is handed over, not what
+    "use_cache", "pretraining_tp", "dtype", "torch_dtype", "_attn_implementation",
+    "attn_implementation", "return_dict", "output_attentions", "output_hidden_states",
+    "torchscript",
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",         # of generation
     "max_sequence_length",              # an older name beside max_position_embeddings
     # notes by the tool that wrote the file
-    "transformers_version", "_name_or_path", "transformers.js_config", "is_llama_config",
-    "unsloth_fixed", "unsloth_version")
+    "transformers_version", "_name_or_path", "_commit_hash", "_attn_implementation_autoset",
+    "tokenizer_class", "transformers.js_config", "is_llama_config", "unsloth_fixed",
+    "unsloth_version")
 ROPE = ("rope_theta", "rope_type", "type")
 NO_BPE_OPTIONS = {"dropout": 0.0, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+# A pattern that leaves out a part of it would leave out a part of other texts, too.
+PROBE = "".join(map(chr, range(32, 127))) + "\n\t\r\n  é ß 猫🦊"
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -166,7 +174,7 @@ def check_unmixed(folder: Path, names: Collection[str]) -> None:
 def split_pattern(pre: dict | None) -> str:
     """The pattern of a pre_tokenizer that splits by one pattern and then takes the bytes.
 
-    Raises ValueError for any other.
+    Raises ValueError for any other, and for a pattern that leaves out a part of a text.
     """
     steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre or {"type": "none"}]
     kinds = [step["type"] for step in steps]
@@ -179,7 +187,9 @@ def split_pattern(pre: dict | None) -> str:
     if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
         by_regex = "Regex" in first["pattern"]
         if by_regex and first["behavior"] == "Isolated" and not first.get("invert"):
-            return regex.compile(first["pattern"]["Regex"]).pattern
+            pattern = regex.compile(first["pattern"]["Regex"]).pattern
+            split_pieces(PROBE, pattern)
+            return pattern
     raise ValueError(f"its pre-tokenizer {kinds} is not one pattern (Split by a Regex, Isolated) "
                      "and then the bytes (ByteLevel)")
 

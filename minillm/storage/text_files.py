@@ -130,7 +130,7 @@ def download(url: str, path: str | Path, sha256: str) -> Path:
         place = getattr(e, "filename", None)         # urllib's errors have their address here
         if isinstance(place, (str, Path)) and place != url:
             raise OSError(f"{place} cannot be written ({e.strerror}): make its folder writable, or "
-                          "name another one (MINILLM_CACHE for texts that are downloaded)") from None
+                          "name another one (MINILLM_CACHE says where downloads go)") from None
         raise OSError(f"{url}: {e or type(e).__name__}. Call again to go on from where it stopped "
                       f"({part} has what came)") from None
     if (found := file_sha256(part)) != sha256:

@@ -88,6 +88,13 @@ def test_other_beginnings_that_leave_the_model_as_it_was(base, layers, tmp_path)
         assert read_adapter(tmp_path / str(begun), layers).layers
 
 
+def test_weights_in_a_pickle_are_named_and_not_opened(base, layers, tmp_path):
+    written(base, tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="safetensors is missing; adapter_model.bin is a pickle"):
+        read_adapter(tmp_path, layers)
+
+
 @pytest.mark.parametrize("damage", [
     shutil.rmtree, lambda f: (f / "adapter_model.safetensors").unlink(),
     lambda f: (f / "adapter_model.safetensors").write_bytes(b""),

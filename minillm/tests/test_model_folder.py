@@ -280,6 +280,11 @@ def test_a_model_folder_with_an_adapter_in_it(folder):
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "rope_theta twice"),
     ({"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "attention_factor"),
     ({"rope_scaling": LLAMA3 | {"type": "yarn"}}, "type of RoPE twice"),
+    ({"rope_traditional": True}, "rope_traditional"), ({"sliding_window": 16}, "sliding_window"),
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"quantization": {"bits": 4, "group_size": 64}}, "quantization"),
+    ({"layer_types": ["sliding_attention"]}, "layer_types"),
+    ({"attention_multiplier": 2.0}, "attention_multiplier"),
 ])
 def test_settings_that_could_change_the_result(settings, message, folder):
     edited(folder / "config.json", **settings)
@@ -298,3 +303,22 @@ def test_settings_of_published_models_that_change_nothing(folder):
         "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
         "max_sequence_length": 2048, "torch_dtype": "bfloat16"})
     assert far(load_model(folder), want, 600) < 1e-6
+
+
+def test_settings_of_other_tools_that_change_nothing(folder):
+    """transformers 4.48 to 4.55, programs that write all of a config, mlx."""
+    want = load_model(folder)
+    edited(folder / "config.json", **{
+        "_attn_implementation_autoset": True, "_attn_implementation": "sdpa", "_commit_hash": "1",
+        "attn_implementation": "flash_attention_2", "return_dict": True, "torchscript": False,
+        "output_attentions": False, "output_hidden_states": False,
+        "tokenizer_class": "PreTrainedTokenizerFast", "use_sliding_window": False,
+        "rope_traditional": False})
+    assert far(load_model(folder), want, 600) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float16", None, float])
+def test_a_dtype_that_is_none_of_torchs(dtype, folder):
+    """transformers takes names."""
+    with pytest.raises(TypeError, match="dtype must be one of torch's"):
+        load_model(folder, dtype)

@@ -108,6 +108,23 @@ def test_missing_page_and_missing_server(server, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("place", ["file/below.bin", "folder.bin"])
+def test_a_place_that_cannot_be_written_is_named(server, tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.bin.part").mkdir()
+    with pytest.raises(OSError, match="cannot be written .*MINILLM_CACHE") as refused:
+        download(server.url, tmp_path / place, SHA256)
+    assert str(tmp_path / place.split("/")[0]) in str(refused.value)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no file that is always full here")
+def test_a_disk_that_gets_full_during_a_download_is_named(server, tmp_path):
+    (tmp_path / "file.bin.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left.*Call again") as refused:
+        download(server.url, tmp_path / "file.bin", SHA256)
+    assert str(tmp_path / "file.bin.part") in str(refused.value)
+
+
 def test_corpus(server, tmp_path, monkeypatch):
     monkeypatch.setenv("MINILLM_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="no corpus is called 'tinyshakespear'.*tinyshakespeare"):

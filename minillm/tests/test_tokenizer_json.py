@@ -126,6 +126,8 @@ def change(data, path, value):
     (("pre_tokenizer", "pretokenizers", 0, "behavior"), "Removed", "one pattern"),
     (("pre_tokenizer", "pretokenizers", 0, "pattern"), {"String": " "}, "one pattern"),
     (("pre_tokenizer", "pretokenizers", 0, "pattern"), {"Regex": "(("}, "damaged"),
+    (("pre_tokenizer", "pretokenizers", 0, "pattern"), {"Regex": r"\p{L}+"}, "leaves out a part"),
+    (("pre_tokenizer", "pretokenizers", 0, "pattern"), {"Regex": r"(\w+)|\W+"}, "capturing group"),
     (("model", "vocab", "▁the"), 509, "stands for no byte"),
     (("model", "vocab", "Ġthe"), 5000, "order of the ids|gaps"),
     (("model", "merges"), ["Ġ zz"], "not in the vocabulary"),
