@@ -684,12 +684,19 @@ WITHOUT_GRADIENT = {
 }
 
 
+def has_gradient(x):
+    """Whether a check may go backward through x, or through a part of it."""
+    if type(x) in (list, tuple):
+        return any(map(has_gradient, x))
+    return isinstance(x, nn.Module) or is_float(x) and x.requires_grad
+
+
 def attack_variants(exercise, point, calls):
     results = [result for _, _, result in calls if not isinstance(result, Exception)]
     given = [x for args, kwargs, _ in calls for x in named(args, kwargs).values()]
     variants = VARIANTS
-    if not any(isinstance(x, nn.Module) or is_float(x) and x.requires_grad for x in given):
-        variants = {**variants, **WITHOUT_GRADIENT}    # else the check may go backward through it
+    if not any(has_gradient(x) for x in given):
+        variants = {**variants, **WITHOUT_GRADIENT}
     for name, change in variants.items():
         if any(changed(result, change) is not None for result in results):
             try_variant(exercise, point, name, partial(variant, point.original, change))
