@@ -3,8 +3,9 @@
 
 # %% auto #0
 __all__ = ['PATTERN', 'check_text', 'split_pieces', 'check_special', 'split_special',
-           'count_pieces', 'merged_tokens', 'check_ranks', 'index_vocab', 'allowed_tokens',
-           'Codec', 'checksum', 'write_json', 'parse_file', 'Tokenizer']
+           'count_pieces', 'merged_tokens', 'check_ranks', 'with_own_ids', 'index_vocab',
+           'allowed_tokens', 'Codec', 'checksum', 'write_json', 'parse_file', 'Tokenizer',
+           'merges_of', 'from_tiktoken']
 
 # %% ../notebooks/01_tokenizer.ipynb #d5d38847
 import hashlib
@@ -19,7 +20,7 @@ from typing import Self
 import regex
 import tiktoken
 
-from .bpe import PieceCache, train_merges      # sections 01.4 to 01.6 build them
+from .bpe import PieceCache, bpe, train_merges      # sections 01.4 to 01.6 build them
 from .storage.files import replacing
 
 PATTERN = (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -58,11 +59,13 @@ def split_pieces(text: str, pattern: str = PATTERN) -> list[str]:
 def check_special(special_tokens: Collection[str]) -> list[str]:
     """The special tokens as a list.
 
-    Raises TypeError if they are not all str, ValueError if one is empty, occurs twice or contains
-    another.
+    Raises TypeError if they are not all str, or have no order, which would leave their ids to
+    chance; ValueError if one is empty, occurs twice or contains another.
     """
-    if isinstance(special_tokens, str) or not all(isinstance(s, str) for s in special_tokens):
-        raise TypeError(f"special_tokens must be a tuple of str, got {special_tokens!r}")
+    unordered = special_tokens is None or isinstance(special_tokens, (str, set, frozenset))
+    if unordered or not all(isinstance(s, str) for s in special_tokens):
+        raise TypeError("special_tokens must be a tuple of str, () for none: "
+                        f"got {special_tokens!r}")
     special = list(special_tokens)
     for i, s in enumerate(special):
         check_text(s, "a special token")
@@ -125,6 +128,23 @@ def check_ranks(ranks: dict[bytes, int], known: Iterable[bytes]) -> None:
         raise ValueError("the ids of merged tokens must rise in the order of the merges: "
                          "an id is a priority, too")
 
+# %% ../notebooks/01_tokenizer.ipynb #449a3dc1
+def with_own_ids(vocab: dict[int, bytes], special_tokens: Collection[str]) -> dict[int, bytes]:
+    """`vocab` and, if the special tokens come as {str: id}, these at their ids.
+
+    Raises ValueError if an id is that of another token, TypeError for what is no id.
+    """
+    if not isinstance(vocab, dict):
+        raise TypeError(f"vocab must be a dict {{id: bytes}}, got {type(vocab).__name__}")
+    vocab = dict(vocab)
+    for token, i in special_tokens.items() if isinstance(special_tokens, dict) else ():
+        if not isinstance(i, int):
+            raise TypeError(f"special token {token!r} must have an int as its id, got {i!r}")
+        if vocab.setdefault(i, token.encode()) != token.encode():
+            raise ValueError(f"special token {token!r} cannot have the id {i}, "
+                             f"which is that of {vocab[i]!r}")
+    return vocab
+
 # %% ../notebooks/01_tokenizer.ipynb #9a9fc2e1
 def index_vocab(vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]],
                 special_tokens: Collection[str]) -> tuple[dict[bytes, int], dict[str, int]]:
@@ -133,9 +153,9 @@ def index_vocab(vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]],
     Special tokens that are missing from `vocab` get the ids after its last. Raises ValueError for
     gaps, duplicates, and tokens that are neither ordinary nor special.
     """
-    if sorted(vocab) != list(range(len(vocab))):
+    if missing := [i for i in range(len(vocab)) if i not in vocab]:
         raise ValueError(f"the ids of a vocabulary of {len(vocab)} must be 0 to {len(vocab) - 1}, "
-                         "without gaps")
+                         f"without gaps: {missing[0]} is missing")
     known = merged_tokens(merges)
     ranks, rest = {}, {}
     for i in range(len(vocab)):
@@ -162,8 +182,12 @@ def allowed_tokens(text: str, special_tokens: Iterable[str],
                    disallowed_special: str | Collection[str]) -> set[str]:
     """The special tokens that are encoded as one id where they occur in `text`.
 
-    Raises ValueError if the text contains one that is not allowed.
+    Raises ValueError if the text contains one that is not allowed, TypeError for a single str.
     """
+    for names in allowed_special, disallowed_special:
+        if names is None or isinstance(names, str) and names != "all":
+            raise TypeError(f'special tokens are allowed or disallowed by a set of str, or "all": '
+                            f"got {names!r}")
     known = set(special_tokens)
     allowed = known if allowed_special == "all" else known & set(allowed_special)
     refused = known - allowed if disallowed_special == "all" else set(disallowed_special)
@@ -178,13 +202,15 @@ class Codec:
     """Text to ids and back: byte-level BPE within pre-tokens, with the semantics of tiktoken.
 
     vocab {id: bytes}; merges [(bytes, bytes)] in order of priority; special_tokens (str, ...),
-    appended to `vocab` where missing. Raises ValueError if these contradict each other.
+    appended to `vocab` where missing, or {str: id}. Raises ValueError if these contradict each
+    other.
     """
     def __init__(self, vocab: dict[int, bytes], merges: Iterable[tuple[bytes, bytes]],
                  special_tokens: Collection[str] = (), pattern: str = PATTERN):
         self.merges, self.pattern = [(a, b) for a, b in merges], pattern
+        vocab = with_own_ids(vocab, special_tokens)
         self.ranks, self.special_tokens = index_vocab(vocab, self.merges, special_tokens)
-        self.vocab = dict(vocab) | {i: s.encode() for s, i in self.special_tokens.items()}
+        self.vocab = vocab | {i: s.encode() for s, i in self.special_tokens.items()}
         self.n_vocab, self.cache = len(self.vocab), PieceCache(self.ranks)
 
     def encode(self, text: str, allowed_special: str | Collection[str] = frozenset(),
@@ -265,7 +291,7 @@ class Tokenizer(Codec):
             raise ValueError(f"vocab_size {vocab_size} is more than this corpus can fill: after "
                              f"{len(merges)} merges each pre-token is one token. Ask for "
                              f"{len(tokens)} at most, or give more text")
-        return cls(dict(enumerate(tokens)), merges, special, pattern)
+        return cls(dict(enumerate(tokens)), merges, special_tokens, pattern)
 
     def save(self, path: str | Path) -> None:
         """Writes a JSON file with a checksum. An older file is replaced whole or not at all."""
@@ -287,3 +313,37 @@ class Tokenizer(Codec):
         """The same tokenizer as a `tiktoken.Encoding`, which encodes and decodes in Rust."""
         return tiktoken.Encoding("minillm", pat_str=self.pattern, mergeable_ranks=self.ranks,
                                  special_tokens=self.special_tokens, explicit_n_vocab=self.n_vocab)
+
+# %% ../notebooks/01_tokenizer.ipynb #6cff3230
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges that made the tokens of `ranks` {token: id}, in the order of ids.
+
+    Raises ValueError if a byte is missing, or a token is not two earlier ones, one after the other.
+    """
+    known = {token: i for token, i in ranks.items() if len(token) == 1}
+    if len(known) < 256:
+        raise ValueError(f"{256 - len(known)} of the 256 bytes have no rank")
+    names, merges = {i: token for token, i in ranks.items()}, []
+    for token in sorted(ranks.keys() - known, key=ranks.get):
+        parts = [names[i] for i in bpe(token, known)]
+        if len(parts) != 2:          # found only as a whole pre-token (LLaMA 3 has some of these)
+            cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+            parts = next((cut for cut in cuts if known.keys() >= {*cut}), None)
+        if parts is None:
+            raise ValueError(f"the token {token!r} is not made of two earlier ones")
+        merges.append((parts[0], parts[1]))
+        known[token] = ranks[token]
+    return merges
+
+# %% ../notebooks/01_tokenizer.ipynb #6cff3232
+def from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
+    """The Tokenizer that encodes as an Encoding of tiktoken does, to the same ids.
+
+    An id that it does not use becomes the special token "<|unused id|>". Raises ValueError if its
+    tokens are not those of byte-level BPE.
+    """
+    ranks, special = encoding._mergeable_ranks, encoding._special_tokens     # as in its README
+    used = {*ranks.values(), *special.values()}
+    unused = {f"<|unused {i}|>": i for i in range(max(used)) if i not in used}
+    vocab = {i: token for token, i in ranks.items()}
+    return Tokenizer(vocab, merges_of(ranks), special | unused, encoding._pat_str)

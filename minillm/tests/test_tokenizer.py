@@ -8,9 +8,11 @@ from collections import Counter
 
 import pytest
 import regex
+import tiktoken
 
 from minillm.bpe import bpe, train_merges
-from minillm.tokenizer import PATTERN, Tokenizer, check_text, checksum, count_pieces
+from minillm.tokenizer import (PATTERN, Tokenizer, check_text, checksum, count_pieces,
+                               from_tiktoken, merges_of)
 from minillm.world import World
 
 END = "<|endoftext|>"
@@ -156,6 +158,24 @@ def test_long_pieces_take_no_quadratic_time(tokenizer):
     assert train_merges({"a" * 100_000: 1}, 3) == [(b"a" * n, b"a" * n) for n in (1, 2, 4)]
 
 
+def test_training_on_one_long_word_is_not_slower_than_on_many_short_ones():
+    """DNA, base64, a minified file: a merge touches its own places, and not the whole word."""
+    rng = random.Random(0)
+    letters = "".join(rng.choices("acgt", k=3000))
+    words = Counter(letters[i:i + 40] for i in range(0, len(letters), 40))
+    one, many = (lines_run(train_merges, pieces, 200) for pieces in ({letters: 1}, words))
+    assert one < 2 * many
+    longer = {"".join(rng.choices("acgt", k=6000)): 1}
+    assert lines_run(train_merges, longer, 200) < 2.5 * one
+
+
+def test_merges_of_long_runs_equal_the_naive_ones():
+    rng = random.Random(8)
+    for alphabet in ("a", "ab", "aaaab"):
+        pieces = Counter("".join(rng.choices(alphabet, k=rng.randint(60, 200))) for _ in range(3))
+        assert train_merges(pieces, 60) == naive(pieces, 60)
+
+
 def test_the_cache_stays_within_its_limit(tokenizer):
     fresh = Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
     fresh.cache.limit = 10
@@ -191,7 +211,23 @@ def test_the_cache_stays_within_its_limit(tokenizer):
      "contains or repeats '<a>'"),
     (lambda t: Tokenizer.train("hello", 258, ("",)), ValueError, "special token 0 is empty"),
     (lambda t: Tokenizer.train("hello", 258, "<a>"), TypeError, "tuple of str"),
+    (lambda t: Tokenizer.train("hello", 258, None), TypeError, "for none: got None"),
+    (lambda t: Tokenizer.train("hello", 258, {"<a>", "<b>"}), TypeError, "tuple of str"),
+    (lambda t: Tokenizer.train("hello", 258, {"<a>": 3}), ValueError, "cannot have the id 3"),
+    (lambda t: Tokenizer.train("hello", 258, {"bos": "<s>"}), TypeError, "'bos' must have an int"),
+    (lambda t: t.encode("a", allowed_special=END), TypeError, "a set of str, or .all."),
+    (lambda t: t.encode("a", allowed_special=None), TypeError, "got None"),
+    (lambda t: t.encode("a", disallowed_special=END), TypeError, "a set of str, or .all."),
     (lambda t: Tokenizer.train("hello 1", 258, pattern=r"\p{L}+"), ValueError, "leaves out"),
+    (lambda t: Tokenizer([b"a"], []), TypeError, "vocab must be a dict .*got list"),
+    (lambda t: Tokenizer(t.vocab, t.merges, t.special_tokens | {"<a>": 1000}), ValueError,
+     "without gaps: 900 is missing"),
+    (lambda t: Tokenizer(t.vocab, t.merges, t.special_tokens | {"<a>": 65}), ValueError,
+     "'<a>' cannot have the id 65, which is that of b'A'"),
+    (lambda t: Tokenizer(t.vocab, t.merges, t.special_tokens | {"<a>": 900, "<b>": 900}),
+     ValueError, "'<b>' cannot have the id 900, which is that of b'<a>'"),
+    (lambda t: Tokenizer(t.vocab, t.merges, {END: 898, "<|user|>": 900}), ValueError,
+     "899 and 900 are the same"),
     (lambda t: Tokenizer({0: b"a"}, []), ValueError, "lacks 255"),
     (lambda t: Tokenizer({}, []), ValueError, "lacks 256"),
     (lambda t: Tokenizer(t.vocab, t.merges), ValueError, "made by no merge and not special"),
@@ -211,6 +247,65 @@ def test_bad_input_is_named(tokenizer, call, error, words):
     with pytest.raises(error) as caught:
         call(tokenizer)
     assert regex.search(words, str(caught.value)), str(caught.value)
+
+
+def test_special_tokens_have_the_ids_they_are_given(tokenizer):
+    vocab = {i: t for i, t in tokenizer.vocab.items() if i < 898}
+    swapped = Tokenizer(vocab, tokenizer.merges, {"<a>": 899, END: 898, "<b>": 900})
+    assert swapped.special_tokens == {"<a>": 899, END: 898, "<b>": 900} and swapped.n_vocab == 901
+    assert swapped.encode(f"<b>{END}<a>", allowed_special="all") == [900, 898, 899]
+    same = Tokenizer(tokenizer.vocab, tokenizer.merges, tokenizer.special_tokens)
+    assert same.special_tokens == tokenizer.special_tokens
+
+
+# ---- vocabularies of tiktoken
+
+def test_there_and_back(tokenizer, tmp_path):
+    back = from_tiktoken(tokenizer.to_tiktoken())
+    for name in "vocab", "merges", "special_tokens", "pattern":
+        assert getattr(back, name) == getattr(tokenizer, name)
+    assert merges_of(tokenizer.ranks) == tokenizer.merges
+
+
+def test_gaps_and_bytes_in_another_order_as_in_real_vocabularies(tokenizer, tmp_path):
+    """cl100k_base has both: its bytes begin with "!", and its special tokens leave gaps."""
+    rng = random.Random(9)
+    order = rng.sample(range(256), 256)
+    ranks = {t: order[i] if i < 256 else i for t, i in tokenizer.ranks.items()}
+    n = len(ranks)
+    theirs = tiktoken.Encoding("x", pat_str=tokenizer.pattern, mergeable_ranks=ranks,
+                               special_tokens={END: n + 1, "<|user|>": n + 2, "<|z|>": n + 5})
+    ours = from_tiktoken(theirs)
+    assert ours.special_tokens == {END: n + 1, "<|user|>": n + 2, "<|z|>": n + 5} | {
+        f"<|unused {i}|>": i for i in (n, n + 3, n + 4)}
+    assert ours.merges == tokenizer.merges and ours.n_vocab == theirs.n_vocab == n + 6
+    ours.save(tmp_path / "x.json")
+    for again in ours, Tokenizer.load(tmp_path / "x.json"):
+        for _ in range(300):
+            text = random_text(rng) + rng.choice(["", END, "<|z|>"])
+            ids = theirs.encode(text, allowed_special="all")
+            assert again.encode(text, allowed_special="all") == ids and again.decode(ids) == text
+
+
+@pytest.mark.parametrize("ranks, message", [
+    ({bytes([i]): i for i in range(255)}, "1 of the 256 bytes have no rank"),
+    ({bytes([i]): i for i in range(256)} | {b"abc": 256}, "b'abc' is not made of two earlier ones"),
+    ({bytes([i]): i for i in range(256)} | {b"abc": 256, b"ab": 257}, "b'abc' is not made of two"),
+])
+def test_ranks_that_no_merges_can_have_made(ranks, message):
+    encoding = tiktoken.Encoding("x", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    with pytest.raises(ValueError, match=message):
+        from_tiktoken(encoding)
+
+
+def test_a_token_that_only_a_whole_piece_gives():
+    """As b".:.:" of LLaMA 3: merging goes another way, but a piece that is a token is one."""
+    ranks = {bytes([i]): i for i in range(256)} | {b":.": 256, b".:": 257, b".:.:": 258}
+    theirs = tiktoken.Encoding("x", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    ours = from_tiktoken(theirs)
+    assert ours.merges == [(b":", b"."), (b".", b":"), (b".:", b".:")]
+    for text in ".:.:", ".:.:.:", "a.:.:b .:.:":
+        assert ours.encode(text) == theirs.encode(text)
 
 
 def test_edge_cases(tokenizer):
