@@ -323,6 +323,9 @@ def chunked_loss(model: nn.Module, inputs: Tensor, targets: Tensor,
     return LinearCrossEntropy.apply(states.flatten(0, 1), model.lm_head.weight, targets.flatten(),
                                     dtype)
 
+
+chunked_loss.__wrapped__ = token_loss       # a run may go on with either, see describe_loss
+
 # %% ../notebooks/23_speed.ipynb #b17c9a11
 class FusedBlock(Block):
     """A Block in fewer and larger matrix products, for torch.compile."""
@@ -391,3 +394,6 @@ def fused_loss(model: nn.Module, inputs: Tensor, targets: Tensor,
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bf16"):
         states = model(inputs, head=False).flatten(0, 1)
         return compiled_cross_entropy()(states, model.lm_head.weight, targets.flatten())
+
+
+fused_loss.__wrapped__ = token_loss

@@ -24,13 +24,15 @@ from .storage.files import replacing
 def check_rank(rank: int, alpha: float) -> None:
     """Raises an error unless an adapter can have this rank and this alpha.
 
-    TypeError unless rank is an int; ValueError unless rank is at least 1 and alpha is a positive
-    number.
+    TypeError unless rank is an int and alpha a number; ValueError unless rank is at least 1 and
+    alpha above 0.
     """
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise TypeError(f"rank must be an int: got {rank!r}")
     if rank < 1:
         raise ValueError(f"rank must be at least 1: got {rank}")
+    if not isinstance(alpha, (int, float)):
+        raise TypeError(f"alpha must be a number: got {alpha!r}")
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be a positive number: got {alpha}")
 
@@ -55,6 +57,10 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         return self.base_layer(x) + self.alpha / self.rank * self.lora_B(self.lora_A(x))
+
+    def extra_repr(self) -> str:
+        """What print(model) shows of this layer, and a resumed run compares."""
+        return f"rank={self.rank}, alpha={self.alpha}"
 
     def update(self) -> Tensor:
         """alpha / rank * B A (out, in), which is what the adapter adds to the weight."""

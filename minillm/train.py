@@ -4,15 +4,19 @@
 # %% auto #0
 __all__ = ['LIMITS', 'ALONE', 'token_loss', 'check_config', 'TrainConfig', 'learning_rate',
            'joint_norm', 'clip_gradients', 'count_targets', 'backward', 'default_precision',
-           'Batches', 'describe_run', 'OneProcess', 'train_step', 'train', 'progress']
+           'Batches', 'hash_batch', 'Recorded', 'describe_model', 'describe_loss', 'describe_run',
+           'OneProcess', 'train_step', 'train', 'progress']
 
 # %% ../notebooks/07_training.ipynb #87e94e65
 import hashlib
+import inspect
 import math
-import sys
+import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -25,6 +29,7 @@ from .optim import AdamW, Muon      # section 07.3 builds them
 # load_checkpoint is here for those who import it from this module
 from .storage.checkpoint import load_checkpoint  # noqa: F401
 from .storage.checkpoint import resume, save_checkpoint, stop_signal
+from .storage.progress import progress_bar
 
 # %% ../notebooks/07_training.ipynb #76cb042f
 def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor,
@@ -60,8 +65,9 @@ def check_config(c: "TrainConfig") -> None:
     if c.warmup > c.steps:
         raise ValueError(f"warmup must be at most steps={c.steps}, or lr is never reached: "
                          f"got {c.warmup}")
-    if len(c.betas) != 2 or not all(0 <= b < 1 for b in c.betas):
-        raise ValueError(f"betas must be two numbers from 0 to below 1: got {c.betas}")
+    pair = c.betas if isinstance(c.betas, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in pair):
+        raise ValueError(f"betas must be two numbers from 0 to below 1: got {c.betas!r}")
     if c.precision not in (None, "bf16", "float32"):
         raise ValueError(f'precision must be "bf16", "float32" or None (pick): got {c.precision!r}')
 
@@ -98,14 +104,15 @@ class TrainConfig:
 
 # %% ../notebooks/07_training.ipynb #b715e588
 def learning_rate(step: int, c: TrainConfig) -> float:
-    """Linear warm-up over c.warmup steps, then half a cosine from c.lr down to c.min_lr * c.lr.
+    """Linear warm-up over c.warmup steps, then half a cosine from c.lr down to c.min_lr * c.lr,
+    where it stays if there are more steps than c.steps.
 
     Steps count from 0. The first one has rate lr / warmup; a rate of 0 would waste it. (The
     schedule of transformers starts at 0, so in warm-up it is one step behind.)
     """
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
-    done = (step - c.warmup) / max(1, c.steps - c.warmup)
+    done = min(1, (step - c.warmup) / max(1, c.steps - c.warmup))
     return c.lr * (c.min_lr + (1 - c.min_lr) * (1 + math.cos(math.pi * done)) / 2)
 
 # %% ../notebooks/07_training.ipynb #6697a0f4
@@ -178,13 +185,68 @@ class Batches(Protocol):
     def __getitem__(self, i: int) -> tuple[Tensor, ...]: ...
 
 
-def describe_run(config: TrainConfig, batches: Batches) -> dict[str, str]:
-    """What a resumed run must have in common with its beginning: the settings that influence the
-    weights, and the first batch (as a hash)."""
+def hash_batch(batch: tuple[Tensor, ...]) -> str:
+    """A hash that differs between batches, in hexadecimal."""
+    found = hashlib.sha256()
+    for z in batch:
+        found.update(f"{z.dtype} {tuple(z.shape)}".encode())
+        found.update(z.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
+class Recorded:
+    """The batches of a run of `total` batches, read in order, with a hash over all that have been
+    read so far, and one of the last."""
+
+    def __init__(self, batches: Batches, total: int):
+        self.batches, self.n, self.hash = batches, 0, hashlib.sha256()
+        self.last = hash_batch(batches[total - 1])
+
+    def digest(self, n: int) -> str:
+        """The hash over the first n batches, in hexadecimal."""
+        while self.n < n:                  # in a resumed run: those from before
+            self[self.n]
+        return self.hash.hexdigest()[:16]
+
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
+        self.digest(i)
+        batch, self.n = self.batches[i], i + 1
+        self.hash.update(hash_batch(batch).encode())
+        return batch
+
+# %% ../notebooks/07_training.ipynb #099718be
+def describe_model(model: nn.Module) -> dict[str, str]:
+    """The settings of a model that its weights do not show: {name: value, or several values}."""
+    config, found = getattr(model, "config", None), defaultdict(set)
+    for name, value in asdict(config).items() if is_dataclass(config) else ():
+        found[name].add(str(value))
+    for module in model.modules():
+        for name, value in re.findall(r"(\w+)=([^,]+)", module.extra_repr()):
+            found[name].add(value)
+    return {f"{name} of the model": " ".join(sorted(values)) for name, values in found.items()}
+
+
+def describe_loss(loss: Callable) -> str:
+    """The name of a loss, with the numbers and functions that it was made with."""
+    loss = inspect.unwrap(loss)            # a faster one (chapter 23) counts as the one it computes
+    if isinstance(loss, partial):
+        made_with = [loss.func, *loss.args, *loss.keywords.values()]
+    else:
+        made_with = [cell.cell_contents for cell in getattr(loss, "__closure__", None) or ()]
+    words = [x if isinstance(x, (int, float, str)) else getattr(x, "__name__", type(x).__name__)
+             for x in made_with]
+    return " ".join(map(str, [getattr(loss, "__qualname__", type(loss).__name__), *words]))
+
+# %% ../notebooks/07_training.ipynb #099718c2
+def describe_run(config: TrainConfig, model: nn.Module, loss: Callable, data: Recorded,
+                 done: int) -> dict[str, str]:
+    """What a run that goes on after `done` steps must have in common with its beginning: all
+    settings that influence the weights, the batches until then, and the last one."""
     free = ("checkpoint", "checkpoint_every", "bar", "floor")
-    data = hashlib.sha256(b"".join(z.cpu().numpy().tobytes() for z in batches[0])).hexdigest()[:16]
-    settings = {k: str(v) for k, v in asdict(config).items() if k not in free}
-    return settings | {"first batch": data}
+    settings = {name: str(value) for name, value in asdict(config).items() if name not in free}
+    settings |= describe_model(model) | {"loss": describe_loss(loss)}
+    seen = data.digest(done * config.accumulate)
+    return settings | {"batches so far": seen, "last batch": data.last}
 
 # %% ../notebooks/07_training.ipynb #5a7940c9
 class OneProcess:
@@ -254,12 +316,14 @@ def train(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callabl
         check_batch(*batches[0], model.config.vocab_size)
     model.train()
     model.zero_grad()            # gradients left over from an experiment would join the first step
-    optimizer, run = group.optimizer(model, c), describe_run(c, batches)
+    optimizer = group.optimizer(model, c)
+    data = Recorded(batches, c.steps * c.accumulate) if c.checkpoint else batches
+    run = partial(describe_run, c, model, loss, data)          # of the number of steps done
     history = resume(c.checkpoint, model, optimizer, run) if c.checkpoint else []
     began = time.perf_counter() - (history[-1]["seconds"] if history else 0)
     with stop_signal() as stop, progress(c, len(history)) as bar:
         for step in range(len(history), c.steps):
-            micro = [group.rows(batches[step * c.accumulate + i]) for i in range(c.accumulate)]
+            micro = [group.rows(data[step * c.accumulate + i]) for i in range(c.accumulate)]
             entry = train_step(model, micro, optimizer, step, c, precision, loss, count, group)
             history.append(entry | {"seconds": time.perf_counter() - began})
             bar.update()
@@ -267,7 +331,7 @@ def train(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callabl
             stopped = group.sum(int(stop.is_set())) > 0
             due = (step + 1) % c.checkpoint_every == 0 or step + 1 == c.steps or stopped
             if c.checkpoint and due:
-                save_checkpoint(c.checkpoint, model, optimizer, history, run=run)
+                save_checkpoint(c.checkpoint, model, optimizer, history, run=run(len(history)))
             if stopped:
                 saved = "; saved, the same call goes on" if c.checkpoint else ""
                 raise KeyboardInterrupt(f"stopped after step {step}{saved}")
@@ -276,7 +340,6 @@ def train(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callabl
 # %% ../notebooks/07_training.ipynb #fda31a3a
 def progress(c: TrainConfig, done: int) -> tqdm:
     """The progress bar of a run of which `done` steps are finished, on stdout."""
-    bar = tqdm(total=c.steps, initial=done, disable=not c.bar, file=sys.stdout, ncols=110,
-               mininterval=0.2 if sys.stdout.isatty() else 10)
+    bar = progress_bar(total=c.steps, initial=done, disable=not c.bar)
     bar.floor = f" (floor {c.floor:.3f})" if c.floor else ""
     return bar

@@ -5,7 +5,7 @@ Also a Ctrl-C that waits for the end of a step.
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,11 +107,12 @@ def load_checkpoint(path: str | Path, model: nn.Module,
 
 
 def resume(folder: str | Path, model: nn.Module, optimizer: AdamW,
-           run: dict | None = None) -> list[dict]:
+           run: Callable[[int], dict] | None = None) -> list[dict]:
     """Load the newest intact checkpoint of a folder; returns its history, or [].
 
-    Prints which files were refused. Raises ValueError if the checkpoint is of another model or, if
-    the settings of both runs are known, of a run with other settings, and as check_shared does.
+    run(n): the description of this run after n steps. Prints which files were refused. Raises
+    ValueError if the checkpoint is of another model or, if the descriptions of both runs are known,
+    of another run, naming what differs, and as check_shared does.
     """
     check_shared(folder, next(model.parameters()).device)
     for path in sorted(Path(folder).glob("step-*.safetensors"), reverse=True):
@@ -120,9 +121,11 @@ def resume(folder: str | Path, model: nn.Module, optimizer: AdamW,
         except ValueError as error:
             print(f"checkpoint refused: {error}")
             continue
-        if run and there and run != there:
-            differ = "; ".join(f"{key} {there.get(key)} there, {value} here"
-                               for key, value in run.items() if there.get(key) != value)
+        here = run(len(history)) if run and there else there
+        if here != there:
+            names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+            differ = "; ".join(f"{name} {there.get(name)} there, {here.get(name)} here"
+                               for name in names)
             raise ValueError(f"{path} is of another run ({differ}): use another checkpoint folder")
         restore(path, tensors, history, model, optimizer)
         return history

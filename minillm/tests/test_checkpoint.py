@@ -10,18 +10,25 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
+from minillm.dpo import dpo_loss, ipo_loss, preference_loss
+from minillm.fast_train import by_hand, chunked_loss, fused_loss
+from minillm.lora import add_lora
 from minillm.storage.checkpoint import read_checkpoint, resume
 from minillm.storage.files import SEAL, seal
 from minillm.model import Llama, LlamaConfig
-from minillm.tests.test_train import Batches, names, settings, tiny, weights
+from minillm.sft import distill_loss
+from minillm.tests.test_train import TINY, Batches, names, settings, tiny, weights
 from minillm.optim import AdamW
-from minillm.train import load_checkpoint, save_checkpoint, train
+from minillm.train import (describe_loss, hash_batch, load_checkpoint, save_checkpoint, token_loss,
+                           train)
 
 
 # ---- killed runs
@@ -146,8 +153,8 @@ def test_train_in_another_thread():
 
 # ---- damaged, foreign and old checkpoints
 
-def checkpointed(folder, **changes):
-    model = tiny()
+def checkpointed(folder, model=None, **changes):
+    model = model or tiny()
     config = settings(checkpoint=str(folder), checkpoint_every=4, **changes)
     return model, train(model, Batches(), config)
 
@@ -245,15 +252,78 @@ def test_checkpoint_of_another_run_is_not_gone_on_with(tmp_path, changes, expect
         checkpointed(tmp_path, **changes)
 
 
-def test_checkpoint_of_other_data_is_not_gone_on_with(tmp_path):
-    class Other(Batches):
-        def __getitem__(self, i):
-            return super().__getitem__(i + 100)
+class Changed(Batches):
+    """The batches with these numbers are others."""
 
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers = numbers
+
+    def __getitem__(self, i):
+        return super().__getitem__(i + 100 * (i in self.numbers))
+
+
+@pytest.mark.parametrize("numbers, name", [
+    (range(12), "batches so far"), ([0], "batches so far"), ([1], "batches so far"),
+    ([7], "batches so far"), ([11], "last batch")])
+def test_checkpoint_of_other_data_is_not_gone_on_with(tmp_path, numbers, name):
     checkpointed(tmp_path)
-    with pytest.raises(ValueError, match="first batch"):
-        train(tiny(), Other(), settings(checkpoint=str(tmp_path)))
-    assert names(tmp_path) == ["step-00000008.safetensors", "step-00000012.safetensors"]
+    (tmp_path / "step-00000012.safetensors").unlink()
+    with pytest.raises(ValueError, match=rf"another run \({name} \w+ there, \w+ here"):
+        train(tiny(), Changed(numbers), settings(checkpoint=str(tmp_path)))
+    assert names(tmp_path) == ["step-00000008.safetensors"]
+
+
+def test_other_shapes_of_the_same_bytes_are_other_data():
+    ids = torch.arange(12)
+    flat, square = (hash_batch((ids.view(shape), ids)) for shape in ((12,), (3, 4)))
+    assert flat != square != hash_batch((ids.view(3, 4).int(), ids))
+    assert hash_batch((torch.tensor(1.0).bfloat16(), ids[::2]))
+
+
+def adapter(alpha):
+    return add_lora(tiny(), 2, alpha)
+
+
+@pytest.mark.parametrize("first, second, name", [
+    (lambda: tiny(), lambda: Llama(replace(TINY, rope_theta=5e5)), "rope_theta of the model"),
+    (lambda: tiny(), lambda: Llama(replace(TINY, norm_eps=1e-3)), "norm_eps of the model"),
+    (lambda: adapter(4), lambda: adapter(8), "alpha of the model 4 there, 8 here"),
+    (lambda: nn.Sequential(tiny(), nn.Dropout(0.1)), lambda: nn.Sequential(tiny(), nn.Dropout(0.2)),
+     "p of the model 0.1 there, 0.2 here")])
+def test_a_model_with_other_settings_is_not_gone_on_with(tmp_path, first, second, name):
+    """None of them is a weight, so the weights in the checkpoint would fit."""
+    checkpointed(tmp_path, model=first())
+    with pytest.raises(ValueError, match=rf"another run \({name}"):
+        checkpointed(tmp_path, model=second())
+
+
+def scaled(factor):
+    def loss(model, inputs, targets, precision):
+        return factor * token_loss(model, inputs, targets, precision)
+    return loss
+
+
+def test_another_loss_is_not_gone_on_with(tmp_path):
+    losses = [token_loss, scaled(2.0), scaled(3.0), partial(scaled, 2.0)(), distill_loss(tiny(), 2),
+              distill_loss(tiny(), 3)]
+    found = [describe_loss(loss) for loss in losses]
+    assert found[1] == found[3] and len(set(found)) == 5
+    assert describe_loss(partial(token_loss, precision="bf16")) != describe_loss(token_loss)
+    assert describe_loss(preference_loss(ipo_loss)) != describe_loss(preference_loss(dpo_loss))
+    # the faster ones, which another machine may use, are the same loss
+    assert {describe_loss(loss) for loss in (chunked_loss, fused_loss)} == {found[0]}
+    train(tiny(), Batches(), settings(checkpoint=str(tmp_path)), scaled(2.0))
+    with pytest.raises(ValueError, match=r"another run \(loss .* 2.0 there, .* 3.0 here\)"):
+        train(tiny(), Batches(), settings(checkpoint=str(tmp_path)), scaled(3.0))
+
+
+def test_blocks_by_hand_go_on_with_the_run_of_plain_ones(tmp_path):
+    """So that a run may move to a machine that trains in another way."""
+    checkpointed(tmp_path)
+    (tmp_path / "step-00000012.safetensors").unlink()
+    history = train(by_hand(tiny()), Batches(), settings(checkpoint=str(tmp_path)), chunked_loss)
+    assert len(history) == 12
 
 
 def test_checkpoint_holds_plain_tensors_and_exact_history(tmp_path):

@@ -47,6 +47,12 @@ def test_a_rank_that_is_no_int(rank):
     assert same(before, m)
 
 
+@pytest.mark.parametrize("alpha", ["8", None, [8]])
+def test_an_alpha_that_is_no_number(alpha):
+    with pytest.raises(TypeError, match="alpha must be a number"):
+        add_lora(model(), 2, alpha)
+
+
 def without(state, part):
     return {n: p for n, p in state.items() if part not in n}
 

@@ -144,6 +144,22 @@ def test_learning_rate_is_transformers():
     assert learning_rate(50, c) == pytest.approx(c.lr * c.min_lr)
 
 
+def test_after_the_last_step_the_learning_rate_stays():
+    """A cosine rises again after its half wave, back to the full rate."""
+    c = TrainConfig(steps=10, warmup=2, lr=1.0, min_lr=0.1)
+    assert [learning_rate(step, c) for step in (10, 11, 18, 10**6)] == [pytest.approx(0.1)] * 4
+    assert learning_rate(9, c) > 0.1
+
+
+@pytest.mark.parametrize("wrong", [lambda m: m.parameters(), lambda m: list(m.parameters()),
+                                   lambda m: m.state_dict()], ids=["generator", "list", "dict"])
+@pytest.mark.parametrize("kind", [AdamW, lambda model: Muon(model, 0.4)], ids=["AdamW", "Muon"])
+def test_an_optimizer_gets_the_model(kind, wrong):
+    """PyTorch's get its parameters."""
+    with pytest.raises(TypeError, match="pass the model itself"):
+        kind(wrong(tiny()))
+
+
 def test_learning_rate_without_warmup_or_cosine():
     assert learning_rate(0, TrainConfig(steps=5, warmup=0, lr=1.0)) == 1.0
     assert learning_rate(4, TrainConfig(steps=5, warmup=5, lr=1.0)) == 1.0

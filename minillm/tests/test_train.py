@@ -144,7 +144,8 @@ def test_first_batch_is_checked_against_the_vocabulary():
     ({"accumulate": 0}, "accumulate .* got 0"),
     ({"checkpoint_every": 0}, "checkpoint_every .* got 0"),
     ({"betas": (0.9, 1.0)}, "betas .* got"),
-    ({"betas": (0.9,)}, "betas"),
+    ({"betas": (0.9,)}, "betas"), ({"betas": 0.9}, "betas .* got 0.9"),
+    ({"betas": None}, "betas .* got None"), ({"betas": ("a", "b")}, "betas .* got .'a', 'b'"),
     ({"precision": "fp16"}, "precision must be .* got 'fp16'")])
 def test_settings_that_cannot_train(changes, expected):
     with pytest.raises(ValueError, match=expected):
