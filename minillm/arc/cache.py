@@ -113,9 +113,12 @@ def make_in(folder: Path, name: str, make: Callable[[Path], Stage]) -> None:
     part, first = folder.with_suffix(".part"), rank_and_world()[0] == 0
     check_writable(part, name)
     check_writable(part / "checkpoints", name)
-    if first and folder.exists():
+    if first and os.path.lexists(folder):            # a link that leads nowhere, too
         with saving(name, folder):
-            shutil.rmtree(folder)
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder)
+            else:
+                folder.unlink()
     with saving(name, part):
         stage = make(part / "checkpoints")
         if first:
@@ -156,8 +159,8 @@ def check_writable(folder: Path, name: str) -> None:
             reason = f" ({error.strerror})"
     if all_reduce_sum(int(reason != ""), device()):
         raise OSError(f"{folder} cannot be written{reason}, so the stage {name} could not be kept: "
-                      "it was not trained. Make the folder writable, or name another one with the "
-                      "environment variable MINILLM_CACHE")
+                      "it was not trained. Make room there, make it writable, or name another "
+                      "folder with the environment variable MINILLM_CACHE")
 
 
 @contextmanager
@@ -167,7 +170,10 @@ def saving(name: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = any((folder / "checkpoints").glob("step-*.safetensors"))
+        try:
+            kept = any((folder / "checkpoints").glob("step-*.safetensors"))
+        except PermissionError:                      # the folder of another user
+            kept = False
         then = "goes on from the checkpoint there" if kept else "begins again"
         raise OSError(f"the stage {name} could not be saved in {folder} "
                       f"({error.strerror or error}). When this is fixed, the same command {then}. "
@@ -177,13 +183,19 @@ def saving(name: str, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def only_builder(path: Path, name: str) -> Iterator[None]:
-    """One process at a time is within; one that has to wait for another says so."""
-    lock = FileLock(path)
+    """One process at a time is within; one that has to wait for another says so, also if the other
+    belongs to somebody else with whom the cache is shared. Raises OSError, naming the file, if it
+    cannot be locked."""
+    lock = FileLock(path, mode=0o666)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process is at the stage {name}: waiting for it.", flush=True)
         lock.acquire()
+    except OSError as error:
+        raise OSError(f"{path} cannot be locked ({error.strerror}), so the stage {name} was not "
+                      "trained. Delete this file, or name another folder with the environment "
+                      "variable MINILLM_CACHE") from None
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ The stages are as small as can be: some seconds for all.
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,6 +143,84 @@ def test_a_finished_stage_needs_no_lock_and_no_space(maker, monkeypatch):
         monkeypatch.setattr(cache, name, lambda *_: pytest.fail("wrote to the cache"))
     build(maker)
     assert maker.made == 1
+
+
+def test_a_stray_folder_is_no_stage(maker, tmp_path):
+    folder = tmp_path / "cache" / build(maker).key
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "notes.txt").write_text("not a stage")
+    assert_equal(build(maker), build(maker))
+    assert maker.made == 2 and cache.damage(folder) == ""
+
+
+@pytest.mark.parametrize("stray", ["file", "a link that leads nowhere", "a link to a damaged one"])
+def test_what_lies_in_the_place_of_a_stage_gives_way(maker, tmp_path, stray):
+    """Noticed before training, and not when its result is to be put there. What a link leads to
+    is not ours."""
+    folder = tmp_path / "cache" / build(maker).key
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(folder, elsewhere)
+    if stray == "file":
+        folder.write_text("not a folder")
+    else:
+        target = elsewhere if "damaged" in stray else tmp_path / "nowhere"
+        folder.symlink_to(target, target_is_directory=True)
+        (elsewhere / "history.json").write_text("{}")
+    build(maker)
+    assert maker.made == 2 and cache.damage(folder) == "" and not folder.is_symlink()
+    assert len(list(elsewhere.iterdir())) == len(EVERY_FILE)
+
+
+def test_a_link_to_a_stage_is_as_good_as_the_stage(maker, tmp_path):
+    folder = tmp_path / "cache" / build(maker).key
+    shutil.move(folder, tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    build(maker)
+    assert maker.made == 1
+
+
+# ---- shared with others
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_all_who_share_a_cache_may_wait_for_each_other(maker, tmp_path, monkeypatch):
+    """Whoever comes first makes the file of the lock, and another user has to open it, too."""
+    stage, before = build(maker), os.umask(0o077)
+    try:
+        with cache.only_builder(tmp_path / "x.lock", "tiny"):
+            assert (tmp_path / "x.lock").stat().st_mode & 0o777 == 0o666
+    finally:
+        os.umask(before)
+    lock = tmp_path / "cache" / f"{stage.key}.lock"
+    assert lock.stat().st_mode & 0o777 == 0o666
+
+
+def test_a_stage_that_another_user_keeps_to_himself_is_named(maker, tmp_path, monkeypatch):
+    """Neither its files nor its checkpoints can be listed, and it cannot be removed."""
+    folder = tmp_path / "cache" / build(maker).key
+    (folder / "history.json").write_text("{}")
+
+    def denied(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(cache.shutil, "rmtree", denied)
+    monkeypatch.setattr(cache.Path, "glob", denied)
+    with pytest.raises(OSError, match="stage tiny could not be saved in .*begins again") as refused:
+        build(maker)
+    assert str(folder) in str(refused.value) and maker.made == 1
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda lock: lock.mkdir(), lambda lock: lock.symlink_to(lock.parent / "elsewhere")])
+def test_a_lock_that_cannot_be_had_is_named(maker, tmp_path, spoil):
+    folder = tmp_path / "cache" / build(maker).key
+    shutil.rmtree(folder)
+    lock = folder.with_suffix(".lock")
+    lock.unlink(missing_ok=True)
+    spoil(lock)
+    with pytest.raises(OSError, match="cannot be locked .* stage tiny .*MINILLM_CACHE") as refused:
+        build(maker)
+    assert str(lock) in str(refused.value) and maker.made == 1
 
 
 # ---- what cannot be written
