@@ -43,8 +43,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Te
     The result is (b, h, t, k). g divides h: query heads i h/g to (i + 1) h/g - 1 share key-value
     head i (Ainslie et al. 2023). padding, int64 (b,): how many positions at the left of each row
     are padding and hidden from all others.
-    Raises ValueError if g does not divide h, or there are more queries than keys.
+    Raises ValueError if the shapes do not fit together, g does not divide h, or there are more
+    queries than keys.
     """
+    fit = q.ndim == k.ndim == 4 and k.shape == v.shape
+    if not fit or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError("q, k and v must have the shape (batch, heads, time, width), with one "
+                         "batch and width, and k and v also with one number of heads and time: "
+                         f"got {', '.join(str(tuple(z.shape)) for z in (q, k, v))}")
     b, h, t, width = q.shape
     g, s = k.shape[1], k.shape[2]
     if h % g or t > s:

@@ -168,15 +168,18 @@ class Rows:
     rows[i] -> inputs, targets, int64 (b, t): batch i of an endless sequence that goes through all
     documents in a new order in each epoch. It depends only on the seed and i, so i is all that is
     needed to resume. Documents of similar length share a batch, so there is little padding.
+    Raises ValueError for sizes that do not fit, TypeError for ids that are no whole numbers.
     """
 
     def __init__(self, documents: Sequence[list[int]], batch_size: int, seed: int = 0) -> None:
-        if len(documents) < batch_size:
-            raise ValueError(f"batch_size={batch_size} is more than the {len(documents)} documents")
+        if not 1 <= batch_size <= len(documents):
+            raise ValueError("batch_size must be from 1 to the number of documents, which is "
+                             f"{len(documents)}: got {batch_size}")
         if short := [i for i, document in enumerate(documents) if len(document) < 2]:
             raise ValueError(f"document {short[0]} has {len(documents[short[0]])} token(s): "
                              "it takes 2 to have a target")
-        self.documents = [torch.as_tensor(document) for document in documents]
+        self.documents = [torch.from_numpy(np.asarray(ids).astype(np.int64, casting="same_kind"))
+                          for ids in documents]
         self.batch_size, self.seed = batch_size, seed
         self.epoch, self.batches = None, []         # the latest plan, reused for the next batch
 
@@ -193,8 +196,7 @@ class Rows:
 
     def chosen(self, i: int) -> list[int]:
         """The indices of the documents that make up batch i."""
-        per_epoch = len(self.documents) // self.batch_size
-        epoch, place = divmod(i, per_epoch)
+        epoch, place = divmod(i, len(self.documents) // self.batch_size)
         if epoch != self.epoch:
             self.epoch, self.batches = epoch, self.plan(epoch)
         return self.batches[place]
@@ -209,9 +211,13 @@ class Windows:
     """Batches of random windows of one long array of token ids (a memmap if memory is too small).
 
     windows[i] -> inputs, targets, int64 (batch_size, length); depends only on the seed and i.
+    Raises ValueError for sizes that do not fit, TypeError for ids that are no whole numbers.
     """
 
     def __init__(self, ids: np.ndarray, batch_size: int, length: int, seed: int = 0) -> None:
+        if batch_size < 1 or length < 1:
+            raise ValueError("batch_size and length must be at least 1: "
+                             f"got {batch_size} and {length}")
         if len(ids) <= length:
             raise ValueError(f"a window of {length} tokens needs more than the "
                              f"{len(ids)} tokens there are")
@@ -221,7 +227,7 @@ class Windows:
         rng = np.random.default_rng((self.seed, i))
         starts = rng.integers(0, len(self.ids) - self.length, self.batch_size)
         windows = np.stack([self.ids[start:start + self.length + 1] for start in starts])
-        ids = torch.from_numpy(windows.astype(np.int64))
+        ids = torch.from_numpy(windows.astype(np.int64, casting="same_kind"))
         return ids[:, :-1], ids[:, 1:]
 
 # %% ../notebooks/06_data.ipynb #6d06bfa2

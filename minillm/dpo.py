@@ -118,10 +118,15 @@ def sample_pairs(model: Llama, tokenizer: Tokenizer, prompts: Sequence[tuple[lis
 
 # %% ../notebooks/16_dpo.ipynb #331bfd29
 def check_pairs(pairs: Sequence[tuple[list[dict], str, str]]) -> None:
-    """Raises ValueError if there are no pairs, or for one that teaches nothing, naming it."""
+    """Raises ValueError if there are no pairs, or for one that teaches nothing, TypeError for one
+    that is no (messages, chosen, rejected). Both name it."""
     if not pairs:
         raise ValueError("no pairs: did the judge like all answers to a prompt alike?")
-    for i, (_, chosen, rejected) in enumerate(pairs):
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or [*map(type, pair[1:])] != [str, str]:
+            raise TypeError(f"pair {i} must be (messages, chosen, rejected), with two answers as "
+                            f"str: got {pair!r:.120}")
+        _, chosen, rejected = pair
         if chosen == rejected:
             raise ValueError(f"pair {i}: chosen and rejected are the same answer, {chosen!r}")
         if not chosen.strip() or not rejected.strip():

@@ -88,13 +88,15 @@ def init_weights(module: nn.Module, n_layers: int, std: float = 0.02) -> None:
             nn.init.normal_(layer.weight, std=std / math.sqrt(2 * n_layers))
 
 # %% ../notebooks/05_llama.ipynb #bf07f2ab
-def check_ids(ids: Tensor, end: int, config: LlamaConfig) -> None:
-    """Raises TypeError or ValueError unless ids (b, t) can be the input up to position `end`."""
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"ids must be int64 or int32 token ids: got {ids.dtype}")
+def check_ids(ids: Tensor, start: int, config: LlamaConfig) -> None:
+    """Raises TypeError or ValueError unless ids (b, t) can be the input from position `start`."""
+    kind = getattr(ids, "dtype", type(ids).__name__)
+    if kind not in (torch.int64, torch.int32):
+        raise TypeError(f"ids must be a tensor of int64 or int32 token ids: got {kind}")
     if ids.ndim != 2:
         raise ValueError("ids must be (batch, time), for one sequence ids[None]: "
                          f"got shape {tuple(ids.shape)}")
+    end = start + ids.shape[1]
     if end > config.max_seq_len:
         raise ValueError(f"{end} tokens are more than max_seq_len={config.max_seq_len}: "
                          "shorten them, or build a model with a greater max_seq_len")
@@ -148,8 +150,8 @@ class Llama(nn.Module):
         """ids (b, t), at positions from `start` -> logits (b, t, vocab_size). Raises as check_ids.
 
         caches: one per layer, see Attention. head=False: return what lm_head reads, (b, t, d)."""
-        end = start + ids.shape[-1]
-        check_ids(ids, end, self.config)
+        check_ids(ids, start, self.config)
+        end = start + ids.shape[1]
         if self.rope[0].device != ids.device:
             self.rope = rope_cache(*self.rope_shape, device=ids.device)
         cos, sin = (z[start:end] for z in self.rope)

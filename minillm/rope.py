@@ -47,8 +47,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     those of Hugging Face (halves), not those of the LLaMA release (neighbors). Computes in float32
     and returns the dtype of x.
     Raises TypeError if x is not floating-point, ValueError if it has more rows or another width
-    than cos was made for.
+    than cos was made for, or cos and sin have other dimensions.
     """
+    if cos.ndim != 2 or cos.shape != sin.shape or x.ndim < 2:
+        raise ValueError("cos and sin must have the shape (positions, width / 2) and x (..., time, "
+                         f"width): got {tuple(cos.shape)}, {tuple(sin.shape)}, {tuple(x.shape)}")
     t, k = x.shape[-2:]
     if not x.is_floating_point():
         raise TypeError(f"x must be queries or keys in a floating-point dtype: got {x.dtype}")

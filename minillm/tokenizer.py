@@ -134,8 +134,8 @@ def with_own_ids(vocab: dict[int, bytes], special_tokens: Collection[str]) -> di
 
     Raises ValueError if an id is that of another token, TypeError for what is no id.
     """
-    if not isinstance(vocab, dict):
-        raise TypeError(f"vocab must be a dict {{id: bytes}}, got {type(vocab).__name__}")
+    if not isinstance(vocab, dict) or not all(isinstance(i, int) for i in vocab):
+        raise TypeError(f"vocab must be a dict {{id: bytes}}, got {vocab!r:.60}")
     vocab = dict(vocab)
     for token, i in special_tokens.items() if isinstance(special_tokens, dict) else ():
         if not isinstance(i, int):
@@ -153,6 +153,7 @@ def index_vocab(vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]],
     Special tokens that are missing from `vocab` get the ids after its last. Raises ValueError for
     gaps, duplicates, and tokens that are neither ordinary nor special.
     """
+    vocab = with_own_ids(vocab, special_tokens)
     if missing := [i for i in range(len(vocab)) if i not in vocab]:
         raise ValueError(f"the ids of a vocabulary of {len(vocab)} must be 0 to {len(vocab) - 1}, "
                          f"without gaps: {missing[0]} is missing")
@@ -202,15 +203,13 @@ class Codec:
     """Text to ids and back: byte-level BPE within pre-tokens, with the semantics of tiktoken.
 
     vocab {id: bytes}; merges [(bytes, bytes)] in order of priority; special_tokens (str, ...),
-    appended to `vocab` where missing, or {str: id}. Raises ValueError if these contradict each
-    other.
+    appended to `vocab` where missing, or {str: id}. Raises ValueError if these do not agree.
     """
     def __init__(self, vocab: dict[int, bytes], merges: Iterable[tuple[bytes, bytes]],
                  special_tokens: Collection[str] = (), pattern: str = PATTERN):
         self.merges, self.pattern = [(a, b) for a, b in merges], pattern
-        vocab = with_own_ids(vocab, special_tokens)
         self.ranks, self.special_tokens = index_vocab(vocab, self.merges, special_tokens)
-        self.vocab = vocab | {i: s.encode() for s, i in self.special_tokens.items()}
+        self.vocab = dict(vocab) | {i: s.encode() for s, i in self.special_tokens.items()}
         self.n_vocab, self.cache = len(self.vocab), PieceCache(self.ranks)
 
     def encode(self, text: str, allowed_special: str | Collection[str] = frozenset(),

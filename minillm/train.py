@@ -307,9 +307,11 @@ def train(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callabl
     history, one dict per step: step, loss (nats per token, before the step), lr, grad_norm, tokens,
     seconds. With config.checkpoint, the run continues from the newest intact checkpoint in that
     folder. Raises FloatingPointError, naming the step, if loss or gradient is not finite (the
-    weights are then those before that step), KeyboardInterrupt on Ctrl-C, after saving, and
-    ValueError for a batch or checkpoint that does not fit.
+    weights are then those before that step), KeyboardInterrupt on Ctrl-C, after saving, ValueError
+    for a batch or checkpoint that does not fit, and TypeError for another kind of config.
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a TrainConfig: got {config!r}")
     c, device = config, next(model.parameters()).device
     precision = c.precision or default_precision(device)
     if hasattr(model, "config") and count is count_targets:

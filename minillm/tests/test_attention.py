@@ -184,6 +184,17 @@ def test_attend_refuses_what_does_not_fit(h, g, t, s, expected):
         attend(torch.randn(1, h, t, 8), torch.randn(1, g, s, 8), torch.randn(1, g, s, 8))
 
 
+@pytest.mark.parametrize("q, k, v", [
+    ((4, 5, 8), (4, 5, 8), (4, 5, 8)), ((1, 4, 5, 8), (4, 5, 8), (4, 5, 8)),
+    ((1, 4, 5, 8), (2, 4, 5, 8), (2, 4, 5, 8)), ((1, 4, 5, 8), (1, 4, 5, 6), (1, 4, 5, 6)),
+    ((1, 4, 5, 8), (1, 4, 5, 8), (1, 2, 5, 8))])
+def test_attend_names_the_shapes_that_do_not_fit_together(q, k, v):
+    """A missing batch dimension, other batches, widths or heads of values."""
+    with pytest.raises(ValueError, match="batch, heads, time, width") as refused:
+        attend(*(torch.randn(shape) for shape in (q, k, v)))
+    assert f"got {q}, {k}, {v}" in str(refused.value)
+
+
 @pytest.mark.parametrize("t, s", [(0, 3), (4, 3), (-1, 3)])
 def test_causal_mask_refuses_more_queries_than_keys(t, s):
     with pytest.raises(ValueError, match=f"got t={t}, s={s}"):

@@ -133,12 +133,36 @@ def test_rows_shift_and_fill():
 
 
 def test_rows_and_windows_refuse():
-    with pytest.raises(ValueError, match="batch_size=3 is more than the 2 documents"):
-        Rows([[1, 2], [1, 2]], 3)
+    for batch_size in 3, 0, -1:
+        with pytest.raises(ValueError, match=f"from 1 to .* documents, .* 2: got {batch_size}"):
+            Rows([[1, 2], [1, 2]], batch_size)
     with pytest.raises(ValueError, match="document 1 has 1 token"):
         Rows([[1, 2], [1]], 1)
     with pytest.raises(ValueError, match="a window of 4 tokens needs more than the 4 tokens"):
         Windows(np.arange(4), 1, 4)
+    for sizes in (0, 4), (2, 0):
+        with pytest.raises(ValueError, match=f"at least 1: got {sizes[0]} and {sizes[1]}"):
+            Windows(np.arange(9), *sizes)
+
+
+def test_ids_of_any_integer_type():
+    """A tokenized corpus is kept as uint16, which cannot hold the -100 of a padded target."""
+    documents = [[5, 6, 7], [5, 6], [8, 9, 65535, 4]]
+    wanted = Rows(documents, 3)[0]
+    for kind in np.uint16, np.uint64, np.int32, np.int64:
+        found = Rows([np.array(document, dtype=kind) for document in documents], 3)[0]
+        assert all(map(torch.equal, found, wanted)) and found[0].dtype == torch.int64
+    found = Rows([torch.tensor(document, dtype=torch.int32) for document in documents], 3)[0]
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("wrong", [[1.0, 2.5, 3.0], "some text"])
+def test_ids_that_are_no_whole_numbers_are_refused(wrong):
+    """Rounded down, they would be other tokens."""
+    with pytest.raises(TypeError, match="Cannot cast"):
+        Rows([wrong, wrong], 2)
+    with pytest.raises(TypeError, match="Cannot cast"):
+        Windows(np.array([*wrong]), 1, 1)[0]
 
 
 def test_windows_reach_both_ends():

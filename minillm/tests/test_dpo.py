@@ -275,8 +275,16 @@ def test_pairs_that_teach_nothing(tokenizer, pairs):
                          ([(messages + messages, "Vera.", "Tom.")], "message 1")):
         with pytest.raises(ValueError, match=message):
             Pairs(bad, tokenizer, tiny(), 1)
-    with pytest.raises(ValueError, match="batch_size=13 is more than the 12"):
+    with pytest.raises(ValueError, match="batch_size .* documents, which is 12: got 13"):
         Pairs(pairs, tokenizer, tiny(), 13)
+
+
+@pytest.mark.parametrize("bad", [
+    {"prompt": [], "chosen": "yes", "rejected": "no"}, ([], "yes"), ([], ["yes"], ["no"]), "yes"])
+def test_a_pair_of_another_kind_is_named(bad, tokenizer, pairs):
+    """A dict, as trl has it, would be unpacked to the names of its fields."""
+    with pytest.raises(TypeError, match=r"pair 1 must be \(messages, chosen, rejected\)"):
+        Pairs([pairs[0], bad], tokenizer, tiny(), 1)
 
 
 def test_one_answer_is_no_comparison(tokenizer):

@@ -3,6 +3,7 @@ import copy
 import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -166,9 +167,40 @@ def test_bad_input_is_refused_before_any_work(settings, expected, monkeypatch):
             speculate(**usual | {"draft": MODEL} | settings)
 
 
+@pytest.mark.parametrize("settings, expected", [
+    ({"temperature": None}, "temperature must be a number: got None"),
+    ({"temperature": "0.7"}, "temperature must be a number: got '0.7'"),
+    ({"top_k": 5.0}, "top_k must be an int: got 5.0"),
+    ({"top_p": "0.9"}, "top_p must be a number: got '0.9'"),
+    ({"min_p": [0.1]}, "min_p must be a number"),
+    ({"repetition_penalty": None}, "repetition_penalty must be a number: got None"),
+    ({"max_new_tokens": None}, "max_new_tokens must be an int: got None"),
+    ({"max_new_tokens": 4.0}, "max_new_tokens must be an int: got 4.0"),
+    ({"seed": None}, "seed must be an int: got None"),
+    ({"seed": 0.5}, "seed must be an int: got 0.5")])
+def test_settings_of_another_type_are_named(settings, expected):
+    with pytest.raises(TypeError, match=expected):
+        generate(MODEL, **{"ids": IDS, "max_new_tokens": 4} | settings)
+    with pytest.raises(TypeError, match=expected):
+        list(stream(MODEL, None, **{"ids": IDS[:1], "max_new_tokens": 4} | settings))
+
+
+def test_settings_may_be_numbers_of_numpy():
+    settings = {"temperature": np.float32(0.5), "top_k": np.int64(9), "seed": np.int64(3)}
+    plain = {"temperature": 0.5, "top_k": 9, "seed": 3}
+    assert torch.equal(generate(MODEL, IDS, np.int64(4), **settings),
+                       generate(MODEL, IDS, 4, **plain))
+
+
 def test_other_bad_input():
     with pytest.raises(TypeError, match="int64"):
         generate(MODEL, IDS.float(), 4)
+    for wrong in [[1, 2]], "Hello":
+        with pytest.raises(TypeError, match=f"token ids: got {type(wrong).__name__}"):
+            generate(MODEL, wrong, 4)
+    for stop in "<|endoftext|>", ["<|endoftext|>"], 1.5, [None], object():
+        with pytest.raises(TypeError, match="stop must be the id of a token, or several"):
+            generate(MODEL, IDS, 4, stop=stop)
     with pytest.raises(ValueError, match=r"\[2, 0\] tokens"):
         pad_left([[1, 2], []], 0)
     with pytest.raises(ValueError, match=r"\[\] tokens"):
@@ -276,6 +308,14 @@ def test_logits_that_are_not_finite_are_refused(temperature):
         broken.lm_head.weight[3, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         generate(broken, IDS, 3, temperature=temperature)
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor, lambda i: [np.int64(i)],
+                                  lambda i: torch.tensor([i, i]), lambda i: {i}])
+def test_an_id_to_stop_at_may_be_a_number_of_any_kind(kind):
+    new = generate(MODEL, IDS[:1], 9, temperature=0)[0, 8:].tolist()
+    wanted = generate(MODEL, IDS[:1], 9, temperature=0, stop=new[3])
+    assert torch.equal(generate(MODEL, IDS[:1], 9, temperature=0, stop=kind(new[3])), wanted)
 
 
 def test_several_tokens_may_end_a_text():

@@ -176,6 +176,7 @@ def test_shapes_that_do_not_fit(changes, message):
 
 @pytest.mark.parametrize("ids, error, message", [
     (IDS.float(), TypeError, "int64 or int32 token ids: got torch.float32"),
+    ([[1, 2]], TypeError, "token ids: got list"), ({"input_ids": IDS}, TypeError, "got dict"),
     (IDS > 3, TypeError, "torch.bool"),
     (IDS[0], ValueError, r"got shape \(100,\)"),
     (IDS[None], ValueError, r"ids\[None\]: got shape \(1, 2, 100\)"),

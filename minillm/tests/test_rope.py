@@ -59,6 +59,18 @@ def test_cache_is_float32_whatever_the_default(dtype):
     assert all(z.dtype == torch.float32 and torch.equal(z, e) for z, e in zip(cache, expected))
 
 
+@pytest.mark.parametrize("make", [
+    lambda z: z[None], lambda z: z[None, None], lambda z: z[0]], ids=["batch", "heads", "one row"])
+def test_angles_of_other_dimensions_are_refused_with_their_shape(make):
+    """In other libraries cos has a batch dimension; here it was taken for one position."""
+    cos, sin = map(make, rope_cache(8, 6))
+    with pytest.raises(ValueError, match=r"\(positions, width / 2\)") as refused:
+        apply_rope(torch.randn(2, 3, 5, 8), cos, sin)
+    assert str(tuple(cos.shape)) in str(refused.value)
+    with pytest.raises(ValueError, match=r"\(positions, width / 2\)"):
+        apply_rope(torch.randn(8), *rope_cache(8, 6))
+
+
 def test_longer_cache_begins_like_a_shorter_one():
     for short, long in zip(rope_cache(32, 10), rope_cache(32, 1000)):
         assert torch.equal(short, long[:10])

@@ -122,6 +122,12 @@ def test_another_loss_over_other_items():
     assert abs(first["loss"] - expected.item()) < 1e-5 and abs(first["grad_norm"] - norm) < 1e-5
 
 
+@pytest.mark.parametrize("config", [{"steps": 2}, TrainConfig, None])
+def test_another_kind_of_config_is_refused(config):
+    with pytest.raises(TypeError, match="config must be a TrainConfig: got"):
+        train(tiny(), Batches(), config)
+
+
 def test_first_batch_is_checked_against_the_vocabulary():
     ids = torch.full((2, 5), 17)
     with pytest.raises(ValueError, match="17"):
