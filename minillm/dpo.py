@@ -102,7 +102,7 @@ def sample_pairs(model: Llama, tokenizer: Tokenizer, prompts: Sequence[tuple[lis
     prompts: [(messages, about)]; judge(about, answer) -> number. Of n sampled answers, the best and
     the worst form the pair (messages, chosen, rejected). A prompt gives no pair if the judge likes
     all its answers equally. After Bai et al. 2022, Lee et al. 2023 (RLAIF). Raises ValueError for
-    n < 2.
+    n < 2, or a judge that gives nan.
     """
     if n < 2:
         raise ValueError(f"n must be at least 2 answers a prompt, to have two to compare: got {n}")
@@ -110,9 +110,12 @@ def sample_pairs(model: Llama, tokenizer: Tokenizer, prompts: Sequence[tuple[lis
     drawn = replies(model, tokenizer, questions, n, temperature=1.0, seed=seed)
     pairs = []
     for (messages, about), answers in zip(prompts, drawn):
-        different = {a for a in answers if a and a.strip()}
-        ranked = sorted(different, key=lambda a: (judge(about, a), a))
-        if len(ranked) > 1 and judge(about, ranked[0]) < judge(about, ranked[-1]):
+        scores = {a: judge(about, a) for a in answers if a and a.strip()}
+        for answer, score in scores.items():
+            if score != score:
+                raise ValueError(f"the judge gives {score} for the answer {answer!r:.80}")
+        ranked = sorted(scores, key=lambda a: (scores[a], a))
+        if len(ranked) > 1 and scores[ranked[0]] < scores[ranked[-1]]:
             pairs.append((messages, ranked[-1], ranked[0]))
     return pairs
 
@@ -139,7 +142,7 @@ def reference_logprobs(model: Llama, rows: Sequence[tuple[list[int], list[bool]]
                        batch_size: int = 32) -> Tensor:
     """sequence_logprob of many (ids, mask), in evaluation mode and without gradients.
 
-    Returns (n,) on the CPU, in the order of rows.
+    Returns (n,) on the CPU, in the order of rows. Raises ValueError if one is not finite.
     """
     model.eval()
     device, result = next(model.parameters()).device, torch.zeros(len(rows))
@@ -149,6 +152,9 @@ def reference_logprobs(model: Llama, rows: Sequence[tuple[list[int], list[bool]]
         part = order[start:start + batch_size]
         ids, mask = pad_right([rows[i] for i in part])
         result[part] = sequence_logprob(model, ids.to(device), mask.to(device)).cpu()
+    if not result.isfinite().all():
+        raise ValueError("the model gives log-probabilities that are not finite: has its training "
+                         "diverged, or is its file damaged?")
     return result
 
 # %% ../notebooks/16_dpo.ipynb #76cea79e

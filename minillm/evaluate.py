@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .data import ENDOFTEXT
 from .dpo import encode_answer, pad_right, reference_logprobs
+from .generate import check_logits
 from .tokenizer import Tokenizer
 from .world.questions import Question
 
@@ -111,7 +112,12 @@ def choice_logprobs(model: nn.Module, tokenizer: Tokenizer,
 
 
 def pick(logprobs: Sequence[float], choices: Sequence[str], per_byte: bool = False) -> int:
-    """The number of the likeliest choice, by the sum of its log-probabilities or that per byte."""
+    """The number of the likeliest choice, by the sum of its log-probabilities or that per byte.
+
+    Raises ValueError if one of them is nan.
+    """
+    if any(map(math.isnan, logprobs)):
+        raise ValueError(f"nan cannot be compared: got log-probabilities {[*logprobs]}")
     sizes = [len(c.encode()) if per_byte else 1 for c in choices]
     return max(range(len(choices)), key=lambda k: logprobs[k] / sizes[k])
 
@@ -329,12 +335,16 @@ def bradley_terry_intervals(games: Sequence[tuple[Hashable, Hashable]], groups: 
 @torch.no_grad()
 def token_logprobs(model: nn.Module, rows: Sequence[tuple[list[int], list[bool]]],
                    batch_size: int = 32) -> list[Tensor]:
-    """Log-probabilities (nats) of the marked tokens of each (ids, mask), given all before them."""
+    """Log-probabilities (nats) of the marked tokens of each (ids, mask), given all before them.
+
+    Raises ValueError as check_logits does.
+    """
     model.eval()
     device, found = next(model.parameters()).device, []
     for start in range(0, len(rows), batch_size):
         ids, mask = (z.to(device) for z in pad_right(rows[start:start + batch_size]))
         logits = model(ids[:, :-1]).float()
+        check_logits(logits)
         logp = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         found += [row[marked].cpu() for row, marked in zip(logp, mask[:, 1:])]
     return found
@@ -355,11 +365,13 @@ def min_k(logprobs: Tensor, share: float = 0.2) -> float:
 def auc(members: Sequence[float], others: Sequence[float]) -> float:
     """The probability that a random member has a greater number than another; ties count half.
 
-    Raises ValueError if there are none of either.
+    Raises ValueError if there are none of either, or one is nan.
     """
     if not len(members) or not len(others):
         raise ValueError(f"needs some of both kinds: got {len(members)} and {len(others)}")
     a, b = np.asarray(members, float)[:, None], np.asarray(others, float)[None]
+    if np.isnan(a).any() or np.isnan(b).any():
+        raise ValueError("nan cannot be compared: one of the numbers is nan")
     return float(((a > b) + 0.5 * (a == b)).mean())
 
 # %% ../notebooks/18_evaluation.ipynb #18a00143

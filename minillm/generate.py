@@ -4,7 +4,7 @@
 # %% auto #0
 __all__ = ['keep_top_k', 'keep_top_p', 'keep_min_p', 'penalize', 'distribution', 'check_number',
            'check_sampling', 'KVCache', 'make_caches', 'pad_left', 'check_prompt', 'seen_tokens',
-           'steps', 'stop_ids', 'generate', 'pieces', 'stream']
+           'check_logits', 'steps', 'stop_ids', 'generate', 'pieces', 'stream']
 
 # %% ../notebooks/08_generation.ipynb #0003ef74
 import codecs
@@ -61,8 +61,11 @@ def distribution(logits: Tensor, temperature: float = 1.0, top_k: int | None = N
                  top_p: float | None = None, min_p: float | None = None) -> Tensor:
     """The probabilities (..., v), float32, from which the next token is drawn.
 
-    With temperature 0 all the probability goes to the largest logit.
+    With temperature 0 all the probability goes to the largest logit. Raises ValueError for logits
+    that are nan.
     """
+    if logits.isnan().any():
+        raise ValueError("logits must be numbers: some of them are nan")
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits = logits.float() / temperature
@@ -192,6 +195,14 @@ def seen_tokens(ids: Tensor, vocab_size: int, padding: Tensor | None = None) -> 
     return counts.scatter_add_(1, ids.long(), real.long()) > 0
 
 # %% ../notebooks/08_generation.ipynb #97c53fb5
+def check_logits(logits: Tensor) -> None:
+    """Raises ValueError unless the logits of a model are finite. The largest of some that are nan
+    would be one and the same token for ever."""
+    if not logits.isfinite().all():
+        raise ValueError("the model gives logits that are not finite: has its training "
+                         "diverged, or is its file damaged?")
+
+
 def steps(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
           repetition_penalty: float = 1.0, seed: int = 0, padding: Tensor | None = None,
           **cuts: float | None) -> Iterator[Tensor]:
@@ -208,9 +219,7 @@ def steps(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: float
     for _ in range(max_new_tokens):
         with torch.no_grad():                       # around the model alone, not the yield
             logits = model(ids, caches, caches[0].length)[:, -1].float()
-        if not logits.isfinite().all():
-            raise ValueError("the model gives logits that are not finite: has its training "
-                             "diverged, or is its file damaged?")
+        check_logits(logits)
         if seen is not None:
             logits = penalize(logits, seen, repetition_penalty)
         if temperature == 0:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .data import ENDOFTEXT
-from .storage.files import replacing
+from .storage.files import check_finite, replacing
 from .storage import foreign
 from .storage.model_folder import (check_unmixed, load_tokenizer, read_shape,
                                           tensor_files)
@@ -82,12 +82,13 @@ def check_tensors(
 def file_state(model: Llama, where: str | Path) -> dict[str, Tensor]:
     """The tensors of a Llama as they go to a file: on the CPU, and tied ones only once.
 
-    Raises ValueError as check_tensors does.
+    Raises ValueError as check_tensors does, and for numbers that are not finite.
     """
     state = {name: w.detach().cpu().contiguous() for name, w in model.state_dict().items()}
     if model.config.tie_embeddings:
         state.pop("lm_head.weight", None)
     check_tensors({name: tuple(w.shape) for name, w in state.items()}, model.config, where)
+    check_finite(state, where)
     return state
 
 # %% ../notebooks/19_ship.ipynb #c6d293e0
@@ -278,13 +279,15 @@ def locate(folder: Path, config: LlamaConfig) -> dict[str, Path]:
 def read_tensors(folder: Path, config: LlamaConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """{name: tensor} of the weights in a model folder, in dtype.
 
-    Raises ValueError as locate does, for a damaged file, and if tied tensors differ.
+    Raises ValueError as locate does, for a damaged file, for numbers that are not finite in this
+    dtype, and if tied tensors differ.
     """
     owner, tensors = locate(folder, config), {}
     for path in sorted({*owner.values()}):
         for name, tensor in foreign.read_tensors(path):
             if name in owner:
                 tensors[name] = tensor.to(dtype, copy=True)
+    check_finite(tensors, folder)
     embedding = tensors["model.embed_tokens.weight"]
     head = tensors.get("lm_head.weight", embedding)
     if config.tie_embeddings and not torch.equal(head, embedding):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .storage.adapter_folder import read_adapter
-from .storage.files import replacing
+from .storage.files import check_finite, replacing
 
 # %% ../notebooks/12_lora.ipynb #b3a8f465
 def check_rank(rank: int, alpha: float) -> None:
@@ -145,8 +145,11 @@ def merge_lora(model: nn.Module) -> nn.Module:
     """Add alpha / rank * B A to each weight and remove the adapter, in place; returns the model.
 
     The whole model is trainable again. Raises ValueError if there is no LoRA: a second merge would
-    have nothing to add.
+    have nothing to add. Raises ValueError, too, before anything is changed, for an update that is
+    not finite.
     """
+    for name, layer in lora_layers(model).items():
+        check_finite({name: layer.update()}, "the update of the adapter")
     for name, layer in lora_layers(model).items():
         linear = layer.base_layer
         if not isinstance(linear, nn.Linear):           # a 4-bit base: NF4Linear, see below
@@ -195,15 +198,16 @@ def lora_shapes(model: nn.Module, rank: int,
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors into folder, as peft does.
 
-    Raises ValueError if the model has no LoRA.
+    Raises ValueError if the model has no LoRA, or one with numbers that are not finite.
     """
     layers, folder = lora_layers(model), Path(folder)
-    first = next(iter(layers.values()))
+    first, state = next(iter(layers.values())), lora_state_dict(model)
+    check_finite(state, folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM",
               "r": first.rank, "lora_alpha": first.alpha,
               "target_modules": list(layers), "bias": "none", "lora_dropout": 0.0}
-    state = {n: p.cpu() for n, p in lora_state_dict(model).items()}
+    state = {n: p.cpu() for n, p in state.items()}
     files = {"adapter_config.json": json.dumps(config, indent=2).encode(),
              "adapter_model.safetensors": safetensors.torch.save(state, {"format": "pt"})}
     for name, data in files.items():

@@ -26,7 +26,7 @@ from .integer_formats import (
     TINY, check_weight, dequantize_groups, pack, quantize_absmax, quantize_groups, unpack)
 from .lora import TARGETS, refuse_lora, replace_module
 from .model import Llama, LlamaConfig
-from .storage.files import replacing, seal, unseal
+from .storage.files import check_finite, replacing, seal, unseal
 
 # %% ../notebooks/17_quantization.ipynb #f5124bd7
 class QuantizedLinear(nn.Module):
@@ -199,7 +199,7 @@ def save_model(model: Llama, path: str | Path) -> None:
 
     The file holds the tensors, the config, the kinds of the quantized layers, and a checksum. It
     gets its name only when it is complete. Raises ValueError for a model with LoRA (merge it
-    first).
+    first), or with numbers that are not finite.
     """
     refuse_lora(model)
     kinds = {}
@@ -209,6 +209,7 @@ def save_model(model: Llama, path: str | Path) -> None:
     tensors = {n: t.detach().contiguous() for n, t in model.state_dict().items()}
     if model.config.tie_embeddings:
         del tensors["lm_head.weight"]
+    check_finite(tensors, path)
     config = json.dumps(asdict(model.config))
     data = seal(tensors, {"minillm": "model", "config": config, "layers": json.dumps(kinds)})
     with replacing(path) as file:

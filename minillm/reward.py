@@ -126,10 +126,13 @@ def draw_comparisons(texts: Sequence[Sequence[str | None]], utilities: Tensor, t
 
     utilities (p, n): what the rater thinks of each; the choice is that of Bradley and Terry (1952),
     the more random the higher the temperature. Two answers that are the same text, or of which one
-    is None, are not compared. Raises ValueError for a temperature of 0 or less.
+    is None, are not compared. Raises ValueError for a temperature of 0 or less, or a utility of
+    nan.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0: got {temperature}")
+    if utilities.isnan().any():
+        raise ValueError("utilities must be numbers: one of them is nan")
     rng, chosen = torch.Generator().manual_seed(seed), []
     for i, group in enumerate(texts):
         for j in range(len(group)):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .generate import KVCache, make_caches, pad_left
+from .generate import KVCache, check_logits, make_caches, pad_left
 from .model import Llama
 from .optim import AdamW
 from .reward import Answers, decode_answers, read_on
@@ -52,7 +52,7 @@ def sample(model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[list[dict]]
     Also what the model gave to each of their tokens, as log-probability, and the entropy of each
     choice, both (p, n, a), in nats, 0 at padding. model: a Llama, or a FastDecoder of one. An
     answer stops after max_new_tokens, with or without an end token. Raises ValueError for n < 1 or
-    max_new_tokens < 1, and as encode_prompt.
+    max_new_tokens < 1, and as encode_prompt and check_logits.
     """
     if n < 1 or max_new_tokens < 1:
         raise ValueError("n and max_new_tokens must be at least 1: "
@@ -68,6 +68,7 @@ def sample(model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[list[dict]]
     going = torch.arange(p * n, device=device)                   # the rows that have not ended
     rng = torch.Generator(device).manual_seed(seed)
     for i in range(max_new_tokens):
+        check_logits(logits)
         logp = logits.float().log_softmax(-1)
         token = torch.multinomial(logp.exp(), 1, generator=rng)
         new[going, i], mask[going, i] = token[:, 0], True

@@ -8,7 +8,7 @@ __all__ = ['verify', 'read', 'propose', 'speculate']
 import torch
 from torch import Tensor, nn
 
-from .generate import check_prompt, check_sampling, distribution, make_caches
+from .generate import check_logits, check_prompt, check_sampling, distribution, make_caches
 
 
 def verify(p: Tensor, q: Tensor, drafted: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -44,8 +44,9 @@ def read(model: nn.Module, caches: list, ids: Tensor, last: int, temperature: fl
     The caches already hold the beginning of ids; the model reads the rest.
     """
     start = caches[0].length
-    logits = model(ids[:, start:], caches, start)
-    return distribution(logits[:, -last:], temperature)
+    logits = model(ids[:, start:], caches, start)[:, -last:]
+    check_logits(logits)
+    return distribution(logits, temperature)
 
 
 def propose(model: nn.Module, caches: list, ids: Tensor, n: int, temperature: float,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from minillm.storage.files import check_finite
 from minillm.storage.foreign import check_keys, read_json, read_tensors
 
 HONORED = ("peft_type", "r", "lora_alpha", "target_modules", "init_lora_weights")
@@ -67,7 +68,9 @@ def read_adapter(folder: str | Path, layers: Sequence[str]) -> Adapter:
                       "convert it where you trust it")
         raise ValueError(f"{weights} is missing{reason}")
     names = find_layers(settings.get("target_modules"), layers, path)
-    return Adapter(rank, alpha, names, dict(read_tensors(weights)))
+    tensors = dict(read_tensors(weights))
+    check_finite(tensors, weights)
+    return Adapter(rank, alpha, names, tensors)
 
 
 def find_layers(targets: Any, layers: Sequence[str], path: Path) -> list[str]:

@@ -42,6 +42,15 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+def check_finite(tensors: dict[str, Tensor], where: str | Path) -> None:
+    """Raises ValueError, naming `where` and the tensor, unless all numbers are finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{where}: tensor {name} holds numbers that are not finite (in "
+                             f"{str(tensor.dtype).removeprefix('torch.')}): has training "
+                             "diverged, or is the file damaged?")
+
+
 def seal(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """The bytes of a safetensors file of tensors and metadata {name: text}.
 

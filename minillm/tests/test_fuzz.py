@@ -20,6 +20,7 @@ from minillm.hub import read_config, read_tensors, save_gguf, save_pretrained
 from minillm.lora import add_lora, lora_layers, save_adapter
 from minillm.model import Llama, LlamaConfig
 from minillm.optim import AdamW
+from minillm.quantize import load_model, quantize_model, save_model
 from minillm.sft import ASSISTANT, USER
 from minillm.storage.adapter_folder import read_adapter
 from minillm.storage.checkpoint import load_checkpoint, save_checkpoint
@@ -77,6 +78,11 @@ def gguf_file(folder):
     return lambda folder: read_gguf(folder / "m.gguf")
 
 
+def quantized_file(folder):
+    save_model(quantize_model(Llama(CONFIG)), folder / "int8.safetensors")
+    return lambda folder: load_model(folder / "int8.safetensors")
+
+
 def checkpoint_file(folder):
     model = Llama(CONFIG)
     optimizer = AdamW(model)
@@ -106,7 +112,7 @@ KINDS = [
     ("tokenizer.json", tokenizer_folder),
     ("adapter_config.json", adapter_folder), ("adapter_model.safetensors", adapter_folder),
     ("own.json", own_tokenizer), ("m.gguf", gguf_file),
-    ("step-00000001.safetensors", checkpoint_file),
+    ("int8.safetensors", quantized_file), ("step-00000001.safetensors", checkpoint_file),
     ("model.safetensors", stage_folder), ("history.json", stage_folder),
     ("tokenizer.json", stage_folder), ("SHA256SUMS", stage_folder),
     ("a.txt", text_file), ("a.bin", tokens_file),

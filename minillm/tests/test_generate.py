@@ -310,6 +310,18 @@ def test_logits_that_are_not_finite_are_refused(temperature):
         generate(broken, IDS, 3, temperature=temperature)
 
 
+def test_a_token_that_only_the_model_has_is_named():
+    """Published models are padded: they have more rows than their tokenizer has tokens."""
+    padded = copy.deepcopy(MODEL)
+    with torch.no_grad():
+        padded.lm_head.weight.zero_()
+        padded.lm_head.weight[299] = padded(IDS[:1], head=False)[0, -1]
+    assert TOKENIZER.n_vocab == 290 and padded.config.vocab_size == 300
+    assert generate(padded, IDS[:1], 1, temperature=0)[0, -1] == 299
+    with pytest.raises(ValueError, match="wrote the id 299, and the tokenizer has only 290 tokens"):
+        list(stream(padded, TOKENIZER, IDS[:1], 1, temperature=0))
+
+
 @pytest.mark.parametrize("kind", [np.int64, torch.tensor, lambda i: [np.int64(i)],
                                   lambda i: torch.tensor([i, i]), lambda i: {i}])
 def test_an_id_to_stop_at_may_be_a_number_of_any_kind(kind):

@@ -191,11 +191,15 @@ def test_what_cannot_be_written_leaves_nothing(tokenizer, tmp_path):
     words = Tokenizer.train([story.text for story in World().stories(50)], 300, pattern=r"\w+|\W")
     with pytest.raises(ValueError, match="no name for the pattern"):
         save_gguf(model, words, target)
-    impossible = (70000.0, "f16"), (-1e7, "q8_0"), (float("nan"), "f32"), (float("inf"), "f32")
-    for value, dtype in impossible:
+    with pytest.raises(ValueError, match="a GGUF file holds the tokenizer, too, and there is none"):
+        save_gguf(model, None, target)
+    too_large, not_finite = "blk.1.ffn_up.weight has a weight that", "up_proj.weight .* not finite"
+    for value, dtype, message in ((70000.0, "f16", too_large), (-1e7, "q8_0", too_large),
+                                  (float("nan"), "f32", not_finite),
+                                  (float("inf"), "f32", not_finite)):
         broken = make(WIDE)
         broken.model.layers[1].mlp.up_proj.weight.data[3, 3] = value
-        with pytest.raises(ValueError, match="tensor blk.1.ffn_up.weight has a weight that"):
+        with pytest.raises(ValueError, match=message):
             save_gguf(broken, tokenizer, target, dtype)
     assert os.listdir(tmp_path) == []
     target.write_text("mine")
