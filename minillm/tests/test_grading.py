@@ -1,11 +1,8 @@
 """The clean copy that is graded: what a submission can do to the checks, and what not."""
 import copy
-import os
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from minillm.course.exercise import BLANK, stamp, strip
@@ -33,27 +30,30 @@ def submission(answer="def one():\n    return 1"):
     return notebook
 
 
-def passes(notebook):
-    """Whether nothing in the notebook raises, as nbgrader runs it."""
-    os.environ["NBGRADER_EXECUTION"] = "autograde"
+def passes(notebook, monkeypatch):
+    """Whether no cell raises, as nbgrader runs a notebook: one cell after the other."""
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    names = {}
     try:
-        NotebookClient(copy.deepcopy(notebook), kernel_name="python3", timeout=60).execute()
-    except CellExecutionError:
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+    except (AssertionError, NotImplementedError):
         return False
-    finally:
-        del os.environ["NBGRADER_EXECUTION"]
     return True
 
 
-def test_a_right_answer_passes_and_a_wrong_or_blank_one_does_not():
-    assert passes(clean_copy(submission(), RELEASED))
+def test_a_right_answer_passes_and_a_wrong_or_blank_one_does_not(monkeypatch):
+    assert passes(clean_copy(submission(), RELEASED), monkeypatch)
     for body in "return 2", f'raise NotImplementedError("{BLANK}")':
-        assert not passes(clean_copy(submission(f"def one():\n    {body}"), RELEASED))
+        copied = clean_copy(submission(f"def one():\n    {body}"), RELEASED)
+        assert not passes(copied, monkeypatch)
 
 
-def test_another_exercise_makes_every_check_pass_and_the_clean_copy_undoes_it():
+def test_another_exercise_makes_every_check_pass_and_the_clean_copy_undoes_it(monkeypatch):
     cheat = submission("def one():\n    return 2\n\n" + SILENT)
-    assert passes(cheat) and not passes(clean_copy(cheat, RELEASED))
+    assert passes(cheat, monkeypatch)
+    assert not passes(clean_copy(cheat, RELEASED), monkeypatch)
 
 
 def added(notebook):
