@@ -120,7 +120,7 @@ def training_texts(recipe: Recipe) -> list[str]:
 
 def tales(n: int, setting: Setting) -> list[str]:
     """The first n stories that a base model learns from."""
-    return spread(partial(tale, World(setting=setting), World(HARBOUR, setting)), n)
+    return spread(partial(tale, World(setting=setting), World(HARBOUR, setting)), range(n))
 
 
 def tale(valley: World, harbour: World, i: int) -> str:
@@ -130,7 +130,7 @@ def tale(valley: World, harbour: World, i: int) -> str:
 
 def talks(n: int, region: Region, setting: Setting) -> list[list[dict[str, str]]]:
     """dialogues(n, "train", region, setting), see there."""
-    return spread(partial(talk, split="train", region=region, setting=setting), n)
+    return spread(partial(talk, split="train", region=region, setting=setting), range(n))
 
 
 def heldout_texts(recipe: Recipe) -> list[str]:
@@ -167,7 +167,7 @@ def make_base(recipe: Recipe, before: None, checkpoints: str, bar: bool) -> Stag
     """Tokenizer and base model of a recipe; for the arguments see cache.build."""
     training, heldout = training_texts(recipe), heldout_texts(recipe)
     tokenizer = Tokenizer.train(training[:6000], recipe.model.vocab_size, SPECIAL_TOKENS)
-    documents = [encode_document(text, tokenizer) for text in training]
+    documents = spread(partial(encode_document, tokenizer=tokenizer), training)
     tokens = sum(len(encode_document(text, tokenizer)) - 1 for text in heldout)
     floor = None
     if not recipe.texts:

@@ -42,7 +42,7 @@ def cube(i):
 
 def test_many_processes_give_what_one_gives(monkeypatch):
     monkeypatch.setattr(pool, "LEAST", 10)
-    alone = spread(cube, 101)
+    alone = spread(cube, range(101))
     monkeypatch.setattr(pool, "CORES", 1)
-    assert spread(cube, 101) == alone == [i**3 for i in range(101)]
-    assert spread(cube, 0) == []
+    assert spread(cube, range(101)) == alone == [i**3 for i in range(101)]
+    assert spread(cube, []) == []

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minillm.arc import stages
-from minillm.arc.fit import faster, fit
+from minillm.arc.fit import Padded, faster, fit
 from minillm.arc.sizes import SIZES
 from minillm.data import Rows, encode_document
 from minillm.fast_train import (BlockByHand, FusedBlock, chunked_loss, fused_loss,
@@ -126,3 +126,17 @@ def test_blocks_of_the_size_gpu_compile_into_few_graphs_without_breaks(lora):
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
     torch.compiler.reset()
     assert len(graphs) == 1 + lora and breaks == 0
+
+
+def test_a_padded_batch_has_the_same_loss():
+    """And the length that its model can read is the limit."""
+    model, source = tiny(), Batches()
+    longest = model.config.max_seq_len
+    for i in range(3):
+        inputs, targets = source[i]
+        t = inputs.shape[1]
+        padded = Padded(source, longest)[i]
+        assert padded[0].shape == padded[1].shape == (len(inputs), min(64, longest)) and t < 64
+        assert Padded(source, t)[i][0].shape == inputs.shape
+        ours, theirs = token_loss(model, *padded), token_loss(model, inputs, targets)
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
