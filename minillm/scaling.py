@@ -29,8 +29,8 @@ from .train import TrainConfig, train
 @dataclass(frozen=True)
 class Trial:
     """One small run: the width of the model, and how many documents it reads, each once or, if
-    fewer are `different`, over and over. lr: the peak of the learning rate (None: peak_rate(dim));
-    seed: of the first weights and of the order."""
+    fewer are `different`, over and over. lr: the peak of the learning rate (None: that of
+    peak_rate); seed: of the first weights and of the order."""
 
     dim: int
     documents: int
@@ -47,10 +47,10 @@ def shape(dim: int, vocab_size: int) -> LlamaConfig:
                        hidden_dim=8 * round(dim / 3))
 
 # %% ../notebooks/09_scaling.ipynb #09a00021
-def peak_rate(dim: int) -> float:
-    """The learning rate at the end of the warm-up: 0.04 at a width of 64, and less for wider
-    models, by the root of the width."""
-    return 0.04 * math.sqrt(64 / dim)
+def peak_rate(dim: int, steps: int) -> float:
+    """The learning rate at the end of the warm-up: 16 / steps, but from 0.01 to 0.16, at a width of
+    64, and a little less for wider models (found by trying, section 09.4)."""
+    return min(0.16, max(0.01, 16 / steps)) * (64 / dim) ** 0.25
 
 # %% ../notebooks/09_scaling.ipynb #09a00022
 def run_trial(trial: Trial, documents: Sequence[list[int]], vocab_size: int) -> tuple[Llama, int]:
@@ -64,7 +64,8 @@ def run_trial(trial: Trial, documents: Sequence[list[int]], vocab_size: int) -> 
     torch.manual_seed(trial.seed)
     model = Llama(shape(trial.dim, vocab_size))
     nn.init.normal_(model.model.embed_tokens.weight, std=0.3)
-    steps, lr = trial.documents // trial.batch_size, trial.lr or peak_rate(trial.dim)
+    steps = trial.documents // trial.batch_size
+    lr = trial.lr or peak_rate(trial.dim, steps)
     config = TrainConfig(steps=steps, lr=lr, muon=0.4, warmup=math.ceil(steps / 20), min_lr=0.02,
                          precision="float32", bar=False)
     history = train(model, rows, config)
@@ -235,7 +236,7 @@ def bootstrap_laws(params: Sequence[float], tokens: Sequence[float], losses: Seq
     best = value.reshape(n, -1).argmin(1) + np.arange(n) * len(starts)
     return [as_law(row) for row in theta[best]]
 
-# %% ../notebooks/09_scaling.ipynb #09a00093
+# %% ../notebooks/09_scaling.ipynb #09a00094
 def compute_optimal(law: ScalingLaw, flops: float) -> tuple[float, float]:
     """The params and tokens with the least loss among those that cost 6 * params * tokens = flops
     (Hoffmann et al. 2022, equation 4)."""
@@ -244,7 +245,7 @@ def compute_optimal(law: ScalingLaw, flops: float) -> tuple[float, float]:
     params = ratio * (flops / 6) ** (beta / (alpha + beta))
     return params, flops / 6 / params
 
-# %% ../notebooks/09_scaling.ipynb #09a00103
+# %% ../notebooks/09_scaling.ipynb #09a00105
 def tokens_for(law: ScalingLaw, params: float | np.ndarray, loss: float) -> float | np.ndarray:
     """How many tokens a model of this size must read to reach a loss; infinite if it never does."""
     left = np.asarray(loss - law.E - law.A / params**law.alpha, dtype=float)

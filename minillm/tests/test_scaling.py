@@ -207,9 +207,12 @@ def test_every_width_has_a_shape(dim):
     assert config.hidden_dim == pytest.approx(8 / 3 * dim, abs=4)
 
 
-def test_the_rate_falls_with_the_root_of_the_width():
-    assert peak_rate(64) == pytest.approx(0.04)
-    assert peak_rate(16) == pytest.approx(2 * peak_rate(64))
+def test_the_rate_falls_with_the_steps_and_the_width():
+    assert peak_rate(64, 400) == pytest.approx(0.04)
+    assert peak_rate(64, 200) == pytest.approx(0.08)
+    assert peak_rate(64, 10) == pytest.approx(0.16)
+    assert peak_rate(64, 10**6) == pytest.approx(0.01)
+    assert peak_rate(4, 400) == pytest.approx(2 * peak_rate(64, 400))
 
 
 def made_up(n):
@@ -242,7 +245,7 @@ def test_the_rate_of_a_trial(monkeypatch):
     monkeypatch.setattr(scaling, "train", lambda model, rows, config: rates.append(config.lr) or [])
     run_trial(Trial(16, 8), made_up(8), 20)
     run_trial(Trial(16, 8, lr=0.5), made_up(8), 20)
-    assert rates == [peak_rate(16), 0.5]
+    assert rates == [peak_rate(16, 2), 0.5]
 
 
 # ---- the cache
