@@ -1,5 +1,8 @@
 """scaling.py: planted laws, scipy, by hand, what it refuses, and the cache of its runs."""
+import json
 import math
+import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,9 +10,11 @@ import torch
 from scipy.optimize import curve_fit
 
 from minillm import scaling
+from minillm.model import Llama
 from minillm.scaling import (
     ScalingLaw, Trial, bootstrap_laws, check_runs, compute_optimal, descend, fit_scaling_law, huber,
-    kept, peak_rate, residuals, run_trial, shape, starting_points, tokens_for)
+    kept, measure_trial, peak_rate, residuals, result_file, run_trial, shape, starting_points,
+    token_losses, tokens_for)
 
 LAW = ScalingLaw(E=0.5, A=50, B=3000, alpha=0.4, beta=0.8)
 LAWS = [LAW, ScalingLaw(1.69, 406.4, 410.7, 0.34, 0.28), ScalingLaw(1.82, 482, 2085, 0.35, 0.37),
@@ -248,6 +253,32 @@ def test_the_rate_of_a_trial(monkeypatch):
     assert rates == [peak_rate(16, 2), 0.5]
 
 
+def test_token_losses_are_those_of_one_document_at_a_time():
+    """Documents of other lengths in the same batch, and batches, change nothing."""
+    torch.manual_seed(0)
+    model = Llama(shape(16, 20))
+    documents = [document[:n] for document, n in zip(made_up(50), [14, 3, 8, 2, 11] * 10)]
+    losses, hits = token_losses(model, documents)
+    expected, first = [], []
+    with torch.no_grad():
+        for document in documents:
+            ids = torch.tensor(document)
+            logp = model(ids[None, :-1])[0].log_softmax(-1)
+            expected += (-logp[range(len(ids) - 1), ids[1:]]).tolist()
+            first += (logp.argmax(-1) == ids[1:]).int().tolist()
+    assert losses == pytest.approx(expected, abs=1e-5) and hits == first
+    assert 0 < sum(hits) < len(hits) == sum(len(document) - 1 for document in documents)
+
+
+def test_a_measured_trial_can_be_sent_to_another_process():
+    """What the sweep of the chapter does: the function with its arguments, and the result."""
+    make = partial(measure_trial, Trial(16, 8), made_up(8), made_up(3), 20)
+    result = pickle.loads(pickle.dumps(make))()
+    assert result == make() == json.loads(json.dumps(result))
+    assert result["tokens"] == 8 * 13
+    assert len(result["losses"]) == len(result["right"]) == 3 * 13
+
+
 # ---- the cache
 
 @pytest.fixture
@@ -263,19 +294,19 @@ def counting(calls, result=None):
 
 def test_a_result_is_made_once(cache):
     calls = []
-    first = kept("trial", {"dim": 8}, "code", counting(calls))
-    assert kept("trial", {"dim": 8}, "code", counting(calls)) == first == {"losses": [1.5, 2.5]}
+    path = result_file("trial", {"dim": 8}, "code")
+    first = kept(path, counting(calls))
+    assert kept(path, counting(calls)) == first == {"losses": [1.5, 2.5]}
     assert len(calls) == 1 and len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name, settings, code", [
     ("other", {"dim": 8}, "code"), ("trial", {"dim": 16}, "code"),
     ("trial", {"dim": 8}, "changed")])
-def test_another_name_setting_or_code_is_another_result(cache, name, settings, code):
-    calls = []
-    kept("trial", {"dim": 8}, "code", counting(calls))
-    kept(name, settings, code, counting(calls))
-    assert len(calls) == 2
+def test_another_name_setting_or_code_is_another_file(cache, name, settings, code):
+    path = result_file("trial", {"dim": 8}, "code")
+    assert path == result_file("trial", {"dim": 8}, "code") and path.parent == cache
+    assert result_file(name, settings, code) != path
 
 
 @pytest.mark.parametrize("damage", [
@@ -283,12 +314,12 @@ def test_another_name_setting_or_code_is_another_result(cache, name, settings, c
     lambda data: data.replace(b"1.5", b"1.6")])
 def test_a_damaged_result_is_named_and_made_again(cache, capsys, damage):
     calls = []
-    kept("trial", {}, "", counting(calls))
-    path, = cache.iterdir()
+    path = result_file("trial", {}, "")
+    kept(path, counting(calls))
     path.write_bytes(damage(path.read_bytes()))
-    assert kept("trial", {}, "", counting(calls)) == {"losses": [1.5, 2.5]}
+    assert kept(path, counting(calls)) == {"losses": [1.5, 2.5]}
     assert len(calls) == 2 and f"{path.name} is damaged" in capsys.readouterr().out
-    kept("trial", {}, "", counting(calls))
+    kept(path, counting(calls))
     assert len(calls) == 2 and not capsys.readouterr().out
 
 
@@ -297,5 +328,5 @@ def test_a_run_that_fails_leaves_nothing(cache):
         raise FloatingPointError("loss nan")
 
     with pytest.raises(FloatingPointError):
-        kept("trial", {}, "", fails)
+        kept(result_file("trial", {}, ""), fails)
     assert not cache.exists() or not list(cache.iterdir())
