@@ -261,12 +261,17 @@ def label(name, point):
 
 # ---- the calls of the right answer
 
+FIXED = {str, bytes, int, float, bool}
+
+
 def copied(x):
     """A copy of data; models, functions, generators... are handed on as they are."""
     if isinstance(x, Tensor):
         return x.detach().clone().requires_grad_(x.requires_grad)
-    if isinstance(x, (list, tuple)) and type(x) in (list, tuple):
-        return type(x)(copied(y) for y in x)
+    if type(x) is list:
+        return x[:] if FIXED.issuperset(map(type, x)) else [copied(y) for y in x]
+    if type(x) is tuple:
+        return x if FIXED.issuperset(map(type, x)) else tuple([copied(y) for y in x])
     if isinstance(x, dict) and type(x) is dict:
         return {key: copied(y) for key, y in x.items()}
     return x.copy() if isinstance(x, np.ndarray) else x
