@@ -25,9 +25,11 @@ from .tokenizer import Tokenizer
 # %% ../notebooks/16_dpo.ipynb #3365eb32
 def check_beta(beta: float, *logps: Tensor) -> None:
     """Raises ValueError unless beta is above 0 and all logps have the same shape (b,), with b at
-    least 1."""
+    least 1, and TypeError for logps that are no tensors."""
     if not beta > 0:
         raise ValueError(f"beta must be above 0: got {beta}")
+    if wrong := [z for z in logps if not isinstance(z, Tensor)]:
+        raise TypeError(f"log-probabilities must be tensors (b,): got {wrong[0]!r:.60}")
     shapes = [tuple(z.shape) for z in logps]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
         raise ValueError("log-probabilities must have one shape (b,), one number a pair: "

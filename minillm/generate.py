@@ -181,6 +181,8 @@ def check_prompt(model: nn.Module, ids: Tensor, max_new_tokens: int,
                          f"max_seq_len={room}: shorten the prompt or ask for less")
     if padding is None:
         return
+    if not isinstance(padding, Tensor):
+        raise TypeError(f"padding must be a tensor (b,), as pad_left gives it: got {padding!r:.60}")
     if padding.shape != (b,) or not ((padding >= 0) & (padding < t)).all():
         raise ValueError(f"padding must be {b} numbers from 0 to {t - 1}, so that each row has a "
                          f"token: got {padding.tolist()}")

@@ -200,8 +200,11 @@ def save_pretrained(model: Llama, tokenizer: Tokenizer | None, folder: str | Pat
     Each file is replaced whole or not at all. Raises ValueError, before anything is written, if
     `folder` is a file or holds what may be read together with ours, if the tokenizer has more
     tokens than the model, or if the model has tensors that a plain LLaMA does not have (adapters,
-    packed weights).
+    packed weights). Raises TypeError for a model or tokenizer of another type.
     """
+    if not isinstance(model, Llama) or not isinstance(tokenizer, Tokenizer | None):
+        raise TypeError("pass save_pretrained a Llama, a Tokenizer or None, and a folder: got "
+                        f"{type(model).__name__}, {type(tokenizer).__name__}")
     folder = Path(folder)
     if tokenizer is not None:
         check_fit(model, tokenizer, folder)

@@ -119,10 +119,12 @@ def add_lora(model: nn.Module, rank: int, alpha: float,
     """Put a LoraLinear around each layer that find_targets finds; returns the model.
 
     The model is changed in place, and everything else in it is frozen. Its outputs stay the same,
-    since every B is zero. Raises the errors of check_rank and find_targets, and ValueError if the
-    model has LoRA already, all before anything is changed.
+    since every B is zero. Raises the errors of check_rank and find_targets, ValueError if the model
+    has LoRA already, and TypeError if it is no module, all before anything is changed.
     """
     check_rank(rank, alpha)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be one nn.Module, such as a Llama: got {model!r:.60}")
     refuse_lora(model)
     found = find_targets(model, targets)
     model.requires_grad_(False)

@@ -3,9 +3,9 @@
 
 # %% auto #0
 __all__ = ['PATTERN', 'check_text', 'split_pieces', 'check_special', 'split_special',
-           'count_pieces', 'merged_tokens', 'check_ranks', 'with_own_ids', 'index_vocab',
-           'allowed_tokens', 'Codec', 'checksum', 'write_json', 'parse_file', 'Tokenizer',
-           'merges_of', 'from_tiktoken']
+           'count_pieces', 'merged_tokens', 'check_ranks', 'check_pattern', 'with_own_ids',
+           'index_vocab', 'allowed_tokens', 'Codec', 'checksum', 'write_json', 'parse_file',
+           'Tokenizer', 'merges_of', 'from_tiktoken']
 
 # %% ../notebooks/01_tokenizer.ipynb #d5d38847
 import hashlib
@@ -128,6 +128,18 @@ def check_ranks(ranks: dict[bytes, int], known: Iterable[bytes]) -> None:
         raise ValueError("the ids of merged tokens must rise in the order of the merges: "
                          "an id is a priority, too")
 
+
+def check_pattern(pattern: str) -> str:
+    """The pattern. Raises ValueError if it is no regular expression, or captures a group."""
+    try:
+        groups = regex.compile(pattern).groups
+    except regex.error as e:
+        raise ValueError(f"the pattern {pattern!r:.80} is no regular expression: {e}") from None
+    if groups:
+        raise ValueError(f"the pattern {pattern!r:.80} has a capturing group (...): "
+                         "write (?:...) in its place")
+    return pattern
+
 # %% ../notebooks/01_tokenizer.ipynb #449a3dc1
 def with_own_ids(vocab: dict[int, bytes], special_tokens: Collection[str]) -> dict[int, bytes]:
     """`vocab` and, if the special tokens come as {str: id}, these at their ids.
@@ -207,7 +219,7 @@ class Codec:
     """
     def __init__(self, vocab: dict[int, bytes], merges: Iterable[tuple[bytes, bytes]],
                  special_tokens: Collection[str] = (), pattern: str = PATTERN):
-        self.merges, self.pattern = [(a, b) for a, b in merges], pattern
+        self.merges, self.pattern = [(a, b) for a, b in merges], check_pattern(pattern)
         self.ranks, self.special_tokens = index_vocab(vocab, self.merges, special_tokens)
         self.vocab = dict(vocab) | {i: s.encode() for s, i in self.special_tokens.items()}
         self.n_vocab, self.cache = len(self.vocab), PieceCache(self.ranks)

@@ -4,8 +4,8 @@
 # %% auto #0
 __all__ = ['LIMITS', 'ALONE', 'token_loss', 'check_config', 'TrainConfig', 'learning_rate',
            'joint_norm', 'clip_gradients', 'count_targets', 'backward', 'default_precision',
-           'Batches', 'hash_batch', 'Recorded', 'describe_model', 'describe_loss', 'describe_run',
-           'OneProcess', 'train_step', 'train', 'progress']
+           'Batches', 'check_number_of_batches', 'hash_batch', 'Recorded', 'describe_model',
+           'describe_loss', 'describe_run', 'OneProcess', 'train_step', 'train', 'progress']
 
 # %% ../notebooks/07_training.ipynb #87e94e65
 import hashlib
@@ -185,6 +185,14 @@ class Batches(Protocol):
     def __getitem__(self, i: int) -> tuple[Tensor, ...]: ...
 
 
+def check_number_of_batches(batches: Batches, c: TrainConfig) -> None:
+    """Raises ValueError for a list or tuple that ends before the run does."""
+    needed = c.steps * c.accumulate
+    if isinstance(batches, (list, tuple)) and len(batches) < needed:
+        raise ValueError(f"steps={c.steps} with accumulate={c.accumulate} take {needed} batches: "
+                         f"got {len(batches)}")
+
+
 def hash_batch(batch: tuple[Tensor, ...]) -> str:
     """A hash that differs between batches, in hexadecimal."""
     found = hashlib.sha256()
@@ -227,12 +235,15 @@ def describe_model(model: nn.Module) -> dict[str, str]:
 
 
 def describe_loss(loss: Callable) -> str:
-    """The name of a loss, with the numbers and functions that it was made with."""
+    """The name of a loss, with the numbers and functions that it was made with: the arguments of a
+    partial, what a function captures, or the attributes of an object. Of any other of these, such
+    as a tensor or a list, only the type counts."""
     loss = inspect.unwrap(loss)            # a faster one (chapter 23) counts as the one it computes
     if isinstance(loss, partial):
         made_with = [loss.func, *loss.args, *loss.keywords.values()]
     else:
         made_with = [cell.cell_contents for cell in getattr(loss, "__closure__", None) or ()]
+        made_with += getattr(getattr(loss, "__self__", loss), "__dict__", {}).values()
     words = [x if isinstance(x, (int, float, str)) else getattr(x, "__name__", type(x).__name__)
              for x in made_with]
     return " ".join(map(str, [getattr(loss, "__qualname__", type(loss).__name__), *words]))
@@ -300,20 +311,20 @@ def train_step(model: nn.Module, micro: list[tuple[Tensor, ...]], optimizer: Ada
 # %% ../notebooks/07_training.ipynb #fda31a39
 def train(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callable = token_loss,
           count: Callable = count_targets, group: OneProcess = ALONE) -> list[dict[str, float]]:
-    """Train the model in place on batches[i] -> inputs, targets, int64 (b, t), where targets of
-    -100 do not count.
+    """Train the model in place on batches[i] -> inputs, targets, int64 (b, t); -100 does not count.
 
     For other kinds of batches, pass a loss that understands them: see backward. Returns the
     history, one dict per step: step, loss (nats per token, before the step), lr, grad_norm, tokens,
     seconds. With config.checkpoint, the run continues from the newest intact checkpoint in that
     folder. Raises FloatingPointError, naming the step, if loss or gradient is not finite (the
     weights are then those before that step), KeyboardInterrupt on Ctrl-C, after saving, ValueError
-    for a batch or checkpoint that does not fit, and TypeError for another kind of config.
+    for too few batches, a batch or checkpoint that does not fit, and TypeError for another config.
     """
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a TrainConfig: got {config!r}")
     c, device = config, next(model.parameters()).device
     precision = c.precision or default_precision(device)
+    check_number_of_batches(batches, c)
     if hasattr(model, "config") and count is count_targets:
         check_batch(*batches[0], model.config.vocab_size)
     model.train()

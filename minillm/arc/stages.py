@@ -27,7 +27,7 @@ from minillm.quantize import quantize_model
 from minillm.rl import RLConfig, ppo
 from minillm.sft import ASSISTANT, USER, finetune
 from minillm.storage.text_files import read_documents
-from minillm.tokenizer import Tokenizer, count_pieces
+from minillm.tokenizer import Tokenizer, count_pieces, merged_tokens
 from minillm.train import Batches
 from minillm.world import Setting, World
 from minillm.world.drills import drill
@@ -56,7 +56,7 @@ def base(bar: bool = True, seed: int = 0) -> Stage:
 
 def from_files(paths: list[str], bar: bool = True) -> Stage:
     """A base model of the reader's own text files, 20,000 characters or more. Raises ValueError as
-    read_documents does.
+    read_documents does, and for a text so monotonous that it becomes too few tokens.
 
     A text of few different words fills a smaller vocabulary. The files are told apart by number, so
     that the same text from another folder is the same stage."""
@@ -65,8 +65,18 @@ def from_files(paths: list[str], bar: bool = True) -> Stage:
     recipe = size().files
     recipe = replace(recipe, texts=tuple((numbers[name], clean(text)) for name, text in documents))
     room = recipe.model.vocab_size - 256 - len(SPECIAL_TOKENS)
-    merges = train_merges(count_pieces(training_texts(recipe)[:6000], SPECIAL_TOKENS), room)
+    texts, length = training_texts(recipe)[:6000], recipe.model.max_seq_len
+    counts = count_pieces(texts, SPECIAL_TOKENS)
+    merges = train_merges(counts, room)
     vocab_size = 256 + len(merges) + len(SPECIAL_TOKENS)
+    if counts.total() <= length:       # a pre-token may be many tokens, or one of 60,000 letters
+        vocab = dict(enumerate(merged_tokens(merges)))
+        tokenizer = Tokenizer(vocab, merges, SPECIAL_TOKENS)
+        n = sum(len(encode_document(text, tokenizer)) for text in texts)
+        if n <= length:
+            raise ValueError(f"{', '.join(numbers)}: the text repeats itself so much that all we "
+                             f"learn from becomes {n} tokens, and it takes more than {length}: "
+                             "give a text with more variety")
     recipe = replace(recipe, model=replace(recipe.model, vocab_size=vocab_size))
     return build("own", recipe, make_base, bar, heldout_texts=heldout_texts)
 

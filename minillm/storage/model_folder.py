@@ -17,18 +17,26 @@ from minillm.tokenizer_json import GPT2_PATTERN, unspell
 HONORED = ("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size",
            "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
            "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-           "rope_parameters", "tie_word_embeddings")
+           "rope_parameters", "tie_word_embeddings", "layer_types")
 # rope_traditional is mlx's name for neighbors instead of halves.
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "partial_rotary_factor": 1.0, "rope_interleaved": False, "rope_traditional": False,
-        "use_sliding_window": False}
+        "use_sliding_window": False, "chunk_size_feed_forward": 0, "pruned_heads": {},
+        "is_encoder_decoder": False, "is_decoder": False, "add_cross_attention": False,
+        "tie_encoder_decoder": False}
 HARMLESS = (
     "initializer_range", "attention_dropout",                  # of training
     # how it is computed, and in which form it is handed over, not what
     "use_cache", "pretraining_tp", "dtype", "torch_dtype", "_attn_implementation",
     "attn_implementation", "return_dict", "output_attentions", "output_hidden_states",
-    "torchscript",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",         # of generation
+    "torchscript", "use_bfloat16", "tf_legacy_loss",
+    # of generation, where ours has arguments; transformers 4 wrote all of them
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "max_length", "min_length",
+    "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences",
+    "output_scores", "return_dict_in_generate", "remove_invalid_values",
+    "id2label", "label2id",             # of a classifier, which has another architecture
     "max_sequence_length",              # an older name beside max_position_embeddings
     # notes by the tool that wrote the file
     "transformers_version", "_name_or_path", "_commit_hash", "_attn_implementation_autoset",
@@ -101,6 +109,11 @@ def read_shape(path: Path) -> tuple[dict[str, Any], tuple | None]:
         raise ValueError(f"{path}: architecture {names!r:.60} of type {kind!r:.60} "
                          "is unknown here (known: LlamaForCausalLM, llama)")
     check_keys(s, HONORED, ONLY, HARMLESS, path)
+    layers, kinds = number(s, "num_hidden_layers", int, path), s.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers
+                                  and all(kind == "full_attention" for kind in kinds)):
+        raise ValueError(f"{path}: layer_types = {kinds!r:.60} is unknown here (known: "
+                         f'"full_attention" for each of the {layers} layers)')
     tied = s.get("tie_word_embeddings")
     if tied is not None and not isinstance(tied, bool):
         raise ValueError(f"{path}: tie_word_embeddings must be true or false: got {tied!r:.60}")
@@ -113,7 +126,7 @@ def read_shape(path: Path) -> tuple[dict[str, Any], tuple | None]:
     shape = {
         "vocab_size": number(s, "vocab_size", int, path),
         "dim": dim,
-        "n_layers": number(s, "num_hidden_layers", int, path),
+        "n_layers": layers,
         "n_heads": heads,
         "n_kv_heads": number(s, "num_key_value_heads", int, path, heads),
         "hidden_dim": number(s, "intermediate_size", int, path),

@@ -318,6 +318,24 @@ def test_another_loss_is_not_gone_on_with(tmp_path):
         train(tiny(), Batches(), settings(checkpoint=str(tmp_path)), scaled(3.0))
 
 
+class Scaled:
+    """A loss whose setting is an attribute."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, model, inputs, targets, precision):
+        return self.factor * token_loss(model, inputs, targets, precision)
+
+
+@pytest.mark.parametrize("make", [Scaled, lambda factor: Scaled(factor).__call__])
+def test_a_loss_that_keeps_its_settings_in_attributes(make, tmp_path):
+    train(tiny(), Batches(), settings(checkpoint=str(tmp_path)), make(2.0))
+    with pytest.raises(ValueError, match=r"another run \(loss Scaled.* 2.0 there, .* 3.0 here\)"):
+        train(tiny(), Batches(), settings(checkpoint=str(tmp_path)), make(3.0))
+    assert len(train(tiny(), Batches(), settings(checkpoint=str(tmp_path)), make(2.0))) == 12
+
+
 def test_blocks_by_hand_go_on_with_the_run_of_plain_ones(tmp_path):
     """So that a run may move to a machine that trains in another way."""
     checkpointed(tmp_path)

@@ -257,6 +257,14 @@ def test_shapes_must_agree(function):
         function(*[torch.ones(0)] * 4, 0.1)
 
 
+@pytest.mark.parametrize("function", LOSSES)
+def test_numbers_that_are_no_tensors(function):
+    z = torch.ones(1)
+    for wrong in -12.5, [-12.5], None:
+        with pytest.raises(TypeError, match=r"must be tensors \(b,\): got .?(-12.5|None)"):
+            function(z, wrong, z, z)
+
+
 def test_masks_that_cannot_be():
     ids = torch.ones(2, 4, dtype=torch.int64)
     for mask, message in (

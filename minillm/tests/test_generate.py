@@ -198,6 +198,9 @@ def test_other_bad_input():
     for wrong in [[1, 2]], "Hello":
         with pytest.raises(TypeError, match=f"token ids: got {type(wrong).__name__}"):
             generate(MODEL, wrong, 4)
+    for padding in [0, 2, 5], np.array([0, 2, 5]), 3:
+        with pytest.raises(TypeError, match=r"padding must be a tensor \(b,\), as pad_left"):
+            generate(MODEL, IDS, 4, padding=padding)
     for stop in "<|endoftext|>", ["<|endoftext|>"], 1.5, [None], object():
         with pytest.raises(TypeError, match="stop must be the id of a token, or several"):
             generate(MODEL, IDS, 4, stop=stop)

@@ -53,6 +53,12 @@ def test_an_alpha_that_is_no_number(alpha):
         add_lora(model(), 2, alpha)
 
 
+@pytest.mark.parametrize("wrap", [lambda m: [m], lambda m: m.state_dict(), lambda m: type(m)])
+def test_what_is_no_model(wrap):
+    with pytest.raises(TypeError, match="model must be one nn.Module"):
+        add_lora(wrap(model()), 2, 8)
+
+
 def without(state, part):
     return {n: p for n, p in state.items() if part not in n}
 

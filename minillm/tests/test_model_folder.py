@@ -9,6 +9,7 @@ import struct
 
 import pytest
 import torch
+import transformers
 
 from minillm.hub import from_pretrained, load_model, save_pretrained
 from minillm.lora import add_lora
@@ -212,6 +213,15 @@ def test_what_cannot_be_shipped_is_not_written(tokenizer, tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("swap", [
+    lambda m, t, f: (t, m, f), lambda m, t, f: (f, m, t), lambda m, t, f: (m, f, t),
+    lambda m, t, f: (m.state_dict(), t, f)])
+def test_arguments_in_another_order_are_named(swap, tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="pass save_pretrained a Llama, a Tokenizer or None"):
+        save_pretrained(*swap(make(), tokenizer, tmp_path / "m"))
+    assert not os.listdir(tmp_path)
+
+
 def test_a_tokenizer_too_large_for_the_model_is_refused(folder, tokenizer):
     data = tokenizer_json(tokenizer)
     data["added_tokens"] += [special_entry(f"<|{i}|>", i) for i in range(512, 601)]
@@ -272,7 +282,7 @@ def test_a_model_folder_with_an_adapter_in_it(folder):
 
 @pytest.mark.parametrize("settings, message", [
     ({"rope_interleaved": True}, "rope_interleaved = True"),
-    ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"), ({"is_decoder": False}, "is_decoder"),
+    ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"), ({"is_decoder": True}, "is_decoder"),
     ({"logits_scaling": 8}, "logits_scaling = 8"),
     ({"tie_word_embeddings": "true"}, "tie_word_embeddings must be"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings must be"),
@@ -283,7 +293,12 @@ def test_a_model_folder_with_an_adapter_in_it(folder):
     ({"rope_traditional": True}, "rope_traditional"), ({"sliding_window": 16}, "sliding_window"),
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"quantization": {"bits": 4, "group_size": 64}}, "quantization"),
-    ({"layer_types": ["sliding_attention"]}, "layer_types"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ({"layer_types": ["full_attention"]}, "for each of the 2 layers"),
+    ({"layer_types": "full_attention"}, "layer_types"),
+    ({"layer_types": {"full_attention": 2}}, "layer_types"),
+    ({"pruned_heads": {"1": [0]}}, "pruned_heads"),
+    ({"chunk_size_feed_forward": 8}, "chunk_size_feed_forward = 8"),
     ({"attention_multiplier": 2.0}, "attention_multiplier"),
 ])
 def test_settings_that_could_change_the_result(settings, message, folder):
@@ -315,6 +330,30 @@ def test_settings_of_other_tools_that_change_nothing(folder):
         "tokenizer_class": "PreTrainedTokenizerFast", "use_sliding_window": False,
         "rope_traditional": False})
     assert far(load_model(folder), want, 600) < 1e-6
+
+
+def test_a_config_with_all_that_transformers_knows(folder):
+    """to_dict() of the pinned version, and what 4.57 has in it beside that; layer_types is of
+    newer architectures, and some tools write it for a LLaMA, too."""
+    want = load_model(folder)
+    whole = transformers.LlamaConfig.from_pretrained(folder).to_dict()
+    assert {"chunk_size_feed_forward", "is_encoder_decoder", "id2label"} <= whole.keys()
+    (folder / "config.json").write_text(json.dumps(whole))
+    assert far(load_model(folder), want, 600) < 1e-6
+    edited(folder / "config.json", **{
+        "pruned_heads": {}, "is_decoder": False, "add_cross_attention": False,
+        "tie_encoder_decoder": False, "max_length": 20, "min_length": 0, "do_sample": False,
+        "early_stopping": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+        "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0,
+        "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "num_return_sequences": 1,
+        "output_scores": False, "return_dict_in_generate": False, "remove_invalid_values": False,
+        "num_beam_groups": 1, "diversity_penalty": 0.0, "tf_legacy_loss": False,
+        "use_bfloat16": False, "layer_types": ["full_attention"] * 2})
+    assert far(load_model(folder), want, 600) < 1e-6
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert (theirs(ids).logits - want(ids)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float16", None, float])

@@ -1,6 +1,8 @@
 """Stages, cache and command line, on recipes small enough for seconds."""
 import ast
 import os
+import random
+import re
 import shutil
 import signal
 import socket
@@ -301,6 +303,22 @@ def test_a_text_of_few_words_fills_a_smaller_vocabulary(small, monkeypatch):
         assert stage.tokenizer.n_vocab == stage.model.config.vocab_size < 300
         keys.append(stage.key)
     assert keys[0] == keys[1]
+
+
+def test_a_text_of_one_letter_is_refused_by_the_name_of_its_file(small, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "make_base", lambda *_: pytest.fail("work began"))
+    file = small / "letters.txt"
+    file.write_text("a" * 60_000)
+    assert command.main(["--text", str(file)]) == 2
+    assert re.search(r"letters.txt: the text repeats itself .* 3 tokens, and it takes more than "
+                     r"\d+: give a text", capsys.readouterr().err)
+
+
+def test_a_text_without_spaces_is_many_tokens(small):
+    """As DNA is: one pre-token, whose letters do not repeat themselves."""
+    file, rng = small / "dna.txt", random.Random(0)
+    file.write_text("".join(rng.choices("acgt", k=30_000)))
+    assert stages.from_files([str(file)], bar=False).history
 
 
 @pytest.mark.parametrize("content, word", [

@@ -136,6 +136,16 @@ def test_first_batch_is_checked_against_the_vocabulary():
         train(tiny(), [(ids.float(), ids)], settings(steps=1, warmup=0))
 
 
+def test_a_list_of_batches_that_ends_too_early_is_refused_before_the_first_step():
+    batches, model = [Batches()[i] for i in range(5)], tiny()
+    before = weights(model)
+    for held in batches, tuple(batches), []:
+        with pytest.raises(ValueError, match=rf"steps=3 with accumulate=2 take 6 .*{len(held)}$"):
+            train(model, held, settings(steps=3, accumulate=2))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model)))
+    assert len(train(model, batches, settings(steps=5))) == 5
+
+
 @pytest.mark.parametrize("changes, expected", [
     ({"steps": 0}, "steps must be between 1 and .*: got 0"),
     ({"lr": 0}, "lr .* got 0"),
