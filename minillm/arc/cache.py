@@ -32,6 +32,10 @@ from minillm.world import Setting
 CODE = ("arc.cache", "arc.fit", "arc.stages", "attention", "bpe", "data", "data_parallel",
         "fast_train", "layers", "model", "optim", "rope", "storage.shared", "tokenizer", "train",
         "world.drills", "world.stories", "world.templates")
+# On a CPU a stage is trained with this many threads, whatever the machine has or the caller uses:
+# the order in which a product is summed up depends on their number, and what is learned late in a
+# run depends on such differences.
+THREADS = 2
 RANK, ALPHA = 8, 16                       # of LoRA: what is stored of an adapter does not say them
 FILES = ("tokenizer.json", "model.safetensors", "history.json")      # of a stage in the cache
 SUMS = "SHA256SUMS"                       # their checksums; `sha256sum -c SHA256SUMS` reads it, too
@@ -107,6 +111,18 @@ def build(name: str, recipe: Recipe | Tuning, make: Callable, bar: bool,
     return load(folder, recipe, before, heldout_texts)
 
 
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Have PyTorch work with n threads, but where several processes share the work."""
+    before = torch.get_num_threads()
+    if rank_and_world()[1] == 1:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def make_in(folder: Path, name: str, make: Callable[[Path], Stage]) -> None:
     """Make a stage and keep it in `folder`, in the place of a damaged one. make(checkpoints) makes
     it, and goes on from the checkpoints that an earlier call left."""
@@ -119,7 +135,7 @@ def make_in(folder: Path, name: str, make: Callable[[Path], Stage]) -> None:
                 shutil.rmtree(folder)
             else:
                 folder.unlink()
-    with saving(name, part):
+    with saving(name, part), threads(THREADS):
         stage = make(part / "checkpoints")
         if first:
             save(stage, part)

@@ -304,6 +304,30 @@ def test_a_damaged_stage_that_cannot_be_removed_is_named(maker, monkeypatch, tmp
     assert f"{folder} is damaged" in capsys.readouterr().out
 
 
+def test_a_stage_is_trained_with_the_same_number_of_threads_everywhere(maker, monkeypatch):
+    """And the caller has his own number again afterwards, after an error, too."""
+    seen, before = [], torch.get_num_threads()
+
+    def make(*args):
+        seen.append(torch.get_num_threads())
+        if len(seen) == 1:
+            raise RuntimeError("stopped")
+        return maker(*args)
+
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(RuntimeError, match="stopped"):
+            build(make)
+        assert torch.get_num_threads() == 3
+        build(make)
+        assert torch.get_num_threads() == 3 and seen == [cache.THREADS, cache.THREADS]
+        monkeypatch.setattr(cache, "rank_and_world", lambda: (0, 2))
+        with cache.threads(2):
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     cut(monkeypatch, SIZES["cpu"], tmp_path)
