@@ -22,12 +22,12 @@ LENGTHS = 64      # on a GPU, a batch is as long as the next multiple of this
 
 
 class Padded:
-    """The batches of a source, inputs and targets (b, t), with t filled up to a multiple of
-    LENGTHS, or to `longest`, by positions that do not count.
+    """The batches of a source, inputs and targets (b, t), padded to a multiple of LENGTHS, or to
+    `longest`, with targets that do not count.
 
     On a GPU a length that was not seen before costs time, for plans of its kernels, and batches of
-    dialogues have hundreds of lengths: tuning made 5 steps a second with them, and 17 with few
-    lengths and without cuDNN's attention, whose plans are the slowest (see fit).
+    dialogues have hundreds of lengths. Chat was tuned at 5 steps per second with them (H100), and
+    at 17 with few lengths and without cuDNN's attention (H200; see fit).
     """
 
     def __init__(self, batches: Batches, longest: int):
