@@ -6,7 +6,7 @@ Also batches of dialogues, replies to them, and distillation.
 
 # %% auto #0
 __all__ = ['USER', 'ASSISTANT', 'ROLES', 'check_dialogue', 'control_ids', 'encode_dialogue',
-           'encode_prompt', 'Dialogues', 'finetune', 'replies', 'answer_room', 'reply',
+           'encode_prompt', 'Dialogues', 'finetune', 'replies', 'answer_room', 'reply', 'begin_as',
            'distill_loss']
 
 # %% ../notebooks/11_instruct.ipynb #31fdb028
@@ -199,6 +199,23 @@ def reply(model: Llama, tokenizer: Tokenizer, messages: list[dict], max_new_toke
     [[answer]] = replies(model, tokenizer, [messages], temperature=temperature,
                          max_new_tokens=room, seed=seed, partial=True)
     return answer
+
+# %% ../notebooks/11_instruct.ipynb #v11head2
+def begin_as(model: Llama, tokenizer: Tokenizer, token: str, other: str) -> None:
+    """Let the embedding of a special token that no text has contained yet be a copy of `other`'s.
+
+    The output matrix stays as it is. Raises ValueError if the tokenizer has no such special token,
+    or needs more than one token for `other`.
+    """
+    if token not in tokenizer.special_tokens:
+        raise ValueError(f"{token!r} is no special token of this tokenizer: "
+                         f"it has {', '.join(tokenizer.special_tokens)}")
+    ids = tokenizer.encode(other)
+    if len(ids) != 1:
+        raise ValueError(f"{other!r} is {len(ids)} tokens, and only one row can be copied")
+    rows = model.model.embed_tokens.weight
+    with torch.no_grad():
+        rows[tokenizer.special_tokens[token]] = rows[ids[0]]
 
 # %% ../notebooks/11_instruct.ipynb #12e94487
 def distill_loss(teacher: nn.Module, temperature: float = 2.0) -> Callable[..., Tensor]:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -25,12 +26,12 @@ from minillm.lora import add_lora
 from minillm.model import Llama
 from minillm.quantize import quantize_model
 from minillm.rl import RLConfig, ppo
-from minillm.sft import ASSISTANT, USER, finetune
+from minillm.sft import ASSISTANT, USER, begin_as, finetune
 from minillm.storage.text_files import read_documents
 from minillm.tokenizer import Tokenizer, count_pieces, merged_tokens
 from minillm.train import Batches
 from minillm.world import Setting, World
-from minillm.world.drills import drill
+from minillm.world.drills import drill, practice
 from minillm.world.questions import exams, talk
 from minillm.world.stories import Story
 from minillm.world.templates import HARBOUR, VALLEY, Region
@@ -38,7 +39,7 @@ from minillm.world.templates import HARBOUR, VALLEY, Region
 # Those of the chat have their rows from the start, as LLaMA 3 has reserved ones, so that no later
 # stage must grow the model.
 SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
-BETA = 0.5                                # of DPO
+BETA = 2.0                                # of DPO
 GROUP, UPDATES, PRICE = 8, 2, 0.1         # of RLHF: answers per question, steps per rollout, price
 
 
@@ -48,8 +49,8 @@ def seeded(recipe: Recipe | Tuning, seed: int) -> Recipe | Tuning:
 
 
 def base(bar: bool = True, seed: int = 0) -> Stage:
-    """The base model of the course: trained on the story world, in two to three minutes on two
-    cores (size cpu), if it was not built before."""
+    """The base model of the course: trained on the story world, in about five minutes on two cores
+    (size cpu), if it was not built before."""
     recipe = seeded(size().stories, seed)
     return build("base", recipe, make_base, bar, heldout_texts=heldout_texts)
 
@@ -125,7 +126,7 @@ def training_texts(recipe: Recipe) -> list[str]:
     Chinese, and too little to know it well, so that there is something to adapt to."""
     if recipe.texts:
         return [text for _, text in split_documents(recipe.texts)[0]]
-    return tales(recipe.stories, recipe.setting)
+    return tales(recipe.total("stories"), recipe.setting)
 
 
 def tales(n: int, setting: Setting) -> list[str]:
@@ -164,13 +165,34 @@ def samples(model: torch.nn.Module, tokenizer: Tokenizer, n: int, length: int = 
 
 
 class Curriculum:
-    """The first n batches of one source, then those of another."""
+    """The first batches of one source, then those of another, and so on; parts: pairs of a source
+    and its number of batches."""
 
-    def __init__(self, first: Batches, then: Batches, n: int):
-        self.first, self.then, self.n = first, then, n
+    def __init__(self, *parts: tuple[Batches, int]):
+        self.parts = parts
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
-        return self.first[i] if i < self.n else self.then[i - self.n]
+        for source, n in self.parts:
+            if i < n:
+                return source[i]
+            i -= n
+        raise IndexError("the curriculum has no more batches")
+
+
+def curriculum(recipe: Recipe, stories: list[list[int]], tokenizer: Tokenizer) -> Curriculum:
+    """The batches of each part of a recipe, with the next of each kind of text."""
+    encode = partial(encode_document, tokenizer=tokenizer)
+    drills = map(encode, map(drill, range(recipe.total("drills"))))
+    practiced = spread(partial(practice, setting=recipe.setting), range(recipe.total("practice")))
+    # Without <|endoftext|> before it, or the model, begun from nothing, would write quizzes.
+    sources = {"drills": drills, "practice": (ids[1:] for ids in map(encode, practiced)),
+               "stories": iter(stories)}
+    parts = []
+    for part in recipe.parts:
+        texts = [text for kind, source in sources.items()
+                 for text in islice(source, getattr(part, kind))]
+        parts.append((Rows(texts, recipe.batch_size, recipe.seed), part.n // recipe.batch_size))
+    return Curriculum(*parts)
 
 
 def make_base(recipe: Recipe, before: None, checkpoints: str, bar: bool) -> Stage:
@@ -182,12 +204,8 @@ def make_base(recipe: Recipe, before: None, checkpoints: str, bar: bool) -> Stag
     floor = None
     if not recipe.texts:
         floor = -sum(story.logp for story in heldout_stories(recipe.setting)) / tokens
-    if recipe.stories:
-        batches = Rows(documents, recipe.batch_size, recipe.seed)
-        if recipe.drills:
-            drills = [encode_document(drill(i), tokenizer) for i in range(recipe.drills)]
-            batches = Curriculum(Rows(drills, recipe.batch_size, recipe.seed), batches,
-                                 recipe.drills // recipe.batch_size)
+    if recipe.parts:
+        batches = curriculum(recipe, documents, tokenizer)
     else:
         batches = Windows(np.concatenate(documents), recipe.batch_size, recipe.model.max_seq_len,
                           recipe.seed)
@@ -212,6 +230,9 @@ def make_chat(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Sta
     if bar:
         print(f"\nChat: {recipe.examples:,} dialogues, of which the answers are learnt, and "
               f"{recipe.replay:,} stories from before.")
+    # In the quizzes that the base model has practiced on, the answer follows the question mark.
+    # With a random row instead, some runs do not learn to say "I don't know" about things.
+    begin_as(before.model, before.tokenizer, ASSISTANT, "?")
     data = talks(recipe.examples, VALLEY, before.setting)
     return tune(recipe, before, data, checkpoints, bar, tales(recipe.replay, before.setting))
 

@@ -14,7 +14,7 @@ key-value heads, v the vocabulary. precision is "float32" or "bf16".
 import statistics
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +24,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from minillm.arc.scorecard import table
 from minillm.arc.sizes import SIZES
-from minillm.arc.stages import SPECIAL_TOKENS, training_texts
+from minillm.arc.stages import SPECIAL_TOKENS, tales
 from minillm.data import encode_document
 from minillm.fast_train import QUERIES
 from minillm.model import LlamaConfig, count_by_part, count_parameters, flops_per_token
 from minillm.sft import encode_dialogue
 from minillm.tokenizer import Tokenizer
-from minillm.world.drills import drill
+from minillm.world.drills import drill, practice
 from minillm.world.questions import dialogues
 
 # Bytes of a float32 number: of weights, gradients, the optimizer's state, and the stream between
@@ -345,14 +345,19 @@ def recipe_rows(name: str = "gpu") -> list[dict[str, str]]:
     """
     size = SIZES[name]
     c = size.stories.model
-    texts = training_texts(replace(size.stories, stories=6000))
+    setting = size.stories.setting
+    texts = tales(6000, setting)
     tokenizer = Tokenizer.train(texts, c.vocab_size, SPECIAL_TOKENS)
-    talks = dialogues(1000, setting=size.stories.setting)
+    talks = dialogues(1000, setting=setting)
     of_texts = [len(encode_document(text, tokenizer)) - 1 for text in texts]
     of_talks = [len(encode_dialogue(talk, tokenizer)[0]) - 1 for talk in talks]
-    of_drills = [len(encode_document(drill(i), tokenizer)) - 1 for i in range(1000)]
-    a_text, a_talk, a_drill = map(statistics.mean, (of_texts, of_talks, of_drills))
-    in_base = size.stories.stories * a_text + size.stories.drills * a_drill
+    of_drills, of_practice = ([len(encode_document(text, tokenizer)) - 1 for text in some] for some
+                              in (map(drill, range(1000)),
+                                  map(partial(practice, setting=setting), range(1000))))
+    a_text, a_talk = statistics.mean(of_texts), statistics.mean(of_talks)
+    in_base = (size.stories.total("stories") * a_text
+               + size.stories.total("drills") * statistics.mean(of_drills)
+               + size.stories.total("practice") * statistics.mean(of_practice))
     in_chat = size.chat.examples * a_talk + size.chat.replay * a_text
     rows = []
     for stage, recipe, lengths, tokens in (("base", size.stories, of_texts, in_base),

@@ -103,7 +103,7 @@ def test_blocks_of_the_size_gpu_compile_into_few_graphs_without_breaks(lora):
     graph. Adapters take two, since nothing before the first block is trained. The backend only
     counts."""
     recipe = SIZES["gpu"].stories
-    texts = stages.training_texts(replace(recipe, stories=1024))
+    texts = stages.tales(1024, recipe.setting)
     tokenizer = Tokenizer.train(texts, recipe.model.vocab_size, stages.SPECIAL_TOKENS)
     rows = Rows([encode_document(text, tokenizer) for text in texts], 8)
     assert len({rows[i][0].shape[1] for i in range(20)}) > 10

@@ -166,6 +166,7 @@ def test_the_size_gpu_takes_minutes_and_fits_where_it_is_said_to():
     size = SIZES["gpu"]
     # Rows of two answers to a question: 2 for each pair, in float32, below 350 tokens.
     assert peak(size.stories.model, 2 * size.dpo.batch_size, 350, "float32") < 0.9 * 8 * 2**30
-    # A story has about 170 tokens, a drill 72.
-    expected = 170 * size.stories.stories + 72 * size.stories.drills
+    # A story has about 170 tokens, a drill 72, a text of practice 170 (checked below).
+    of = size.stories.total
+    expected = 170 * of("stories") + 72 * of("drills") + 170 * of("practice")
     assert 0.9 < float(base["tokens"].split()[0]) * 1e6 / expected < 1.1

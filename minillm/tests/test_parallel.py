@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.arc import stages
-from minillm.arc.sizes import SIZES
+from minillm.arc.sizes import SIZES, Part
 from minillm.data import Rows
 from minillm.model import Llama, LlamaConfig
 from minillm.parallel import Processes, add_gradients, joined, my_rows
@@ -65,7 +65,7 @@ def stage(setattr=setattr):
     cpu = SIZES["cpu"]
     training = replace(cpu.stories.training, steps=6, warmup=2, precision="float32")
     model = replace(CONFIG, vocab_size=300, max_seq_len=512)
-    stories = replace(cpu.stories, model=model, training=training, stories=64)
+    stories = replace(cpu.stories, model=model, training=training, parts=(Part(stories=192),))
     setattr(stages, "size", lambda: replace(cpu, stories=stories))
     return {n: p.detach() for n, p in stages.base(bar=False).model.named_parameters()}
 

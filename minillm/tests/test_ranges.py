@@ -182,11 +182,14 @@ def test_every_stage_is_made_from_those_of_the_same_seed(monkeypatch):
     monkeypatch.setattr(stages, "build", build)
     monkeypatch.setattr(stages, "quantize_model", lambda model: None)
     ways = {name: getattr(stages, name)(seed=3).way for name in NAMES}
-    chat = "base 3 chat 3"
-    assert ways == {"base": "base 3", "chat": chat, "lora": f"{chat} lora 3",
-                    "rlhf": f"{chat} rlhf 3", "dpo": f"{chat} dpo 3",
-                    "int8": f"{chat} dpo 3"}
-    assert stages.dpo().way == "base 0 chat 0 dpo 0"
+    own = stages.size()
+    base = f"base {own.stories.seed + 3}"
+    chat = f"{base} chat {own.chat.seed + 3}"
+    dpo = f"{chat} dpo {own.dpo.seed + 3}"
+    assert ways == {"base": base, "chat": chat, "lora": f"{chat} lora {own.lora.seed + 3}",
+                    "rlhf": f"{chat} rlhf {own.rlhf.seed + 3}", "dpo": dpo, "int8": dpo}
+    assert stages.dpo().way == (f"base {own.stories.seed} chat {own.chat.seed} "
+                                f"dpo {own.dpo.seed}")
 
 
 def test_a_seed_shapes_the_adapter_and_the_sampled_answers(small, monkeypatch):

@@ -9,7 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from minillm import sft
 from minillm.data import ENDOFTEXT, IGNORE, encode_document
 from minillm.model import Llama, LlamaConfig
-from minillm.sft import (ASSISTANT, USER, Dialogues, check_dialogue, encode_dialogue,
+from minillm.sft import (ASSISTANT, USER, Dialogues, begin_as, check_dialogue, encode_dialogue,
                          encode_prompt, finetune)
 from minillm.tokenizer import Tokenizer
 from minillm.train import TrainConfig, token_loss
@@ -274,3 +274,28 @@ def test_names():
     public = {"check_dialogue", "encode_dialogue", "encode_prompt", "Dialogues", "finetune",
               "replies", "reply"}
     assert public <= set(sft.__all__)
+
+
+def test_a_marker_begins_as_a_copy_of_one_row_and_nothing_else_changes(tokenizer):
+    model, before = Llama(CONFIG), Llama(CONFIG)
+    before.load_state_dict(model.state_dict())
+    begin_as(model, tokenizer, ASSISTANT, "?")
+    name, (question,) = "model.embed_tokens.weight", tokenizer.encode("?")
+    rows, old = model.state_dict()[name], before.state_dict()[name]
+    changed = [i for i in range(300) if not torch.equal(rows[i], old[i])]
+    assert changed == [tokenizer.special_tokens[ASSISTANT]]
+    assert torch.equal(rows[changed[0]], old[question])
+    others = model.state_dict().keys() - {name}
+    assert all(torch.equal(model.state_dict()[n], before.state_dict()[n]) for n in others)
+    assert model.model.embed_tokens.weight.requires_grad
+
+
+@pytest.mark.parametrize("token, other, said", [
+    ("<|tool|>", "?", "no special token"), ("?", "?", "no special token"),
+    (ASSISTANT, "xyz qrs", "only one row"), (ASSISTANT, "", "is 0 tokens")])
+def test_a_marker_that_cannot_begin_so_is_refused(tokenizer, token, other, said):
+    model = Llama(CONFIG)
+    rows = model.model.embed_tokens.weight.detach().clone()
+    with pytest.raises(ValueError, match=said):
+        begin_as(model, tokenizer, token, other)
+    assert torch.equal(model.model.embed_tokens.weight, rows)

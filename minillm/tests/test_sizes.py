@@ -1,7 +1,6 @@
 """The sizes of the model, and that each holds what it is to learn."""
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from minillm.sft import encode_dialogue, encode_prompt
 from minillm.tests.test_stages import cut
 from minillm.tokenizer import Tokenizer
 from minillm.world import Setting, World
+from minillm.world.drills import practice
 from minillm.world.questions import dialogues, exams
 from minillm.world.templates import HARBOUR, VALLEY
 
@@ -56,8 +56,8 @@ def test_an_unknown_size_ends_the_command_with_one_line(monkeypatch, arguments):
 def test_stories_and_dialogues_are_seen_once(name):
     size = sizes.SIZES[name]
     recipe = size.stories
-    assert recipe.training.steps * recipe.batch_size == recipe.stories + recipe.drills
-    assert recipe.drills % recipe.batch_size == 0
+    assert recipe.training.steps * recipe.batch_size == sum(part.n for part in recipe.parts)
+    assert all(part.n % recipe.batch_size == 0 for part in recipe.parts)
     for stage in size.chat, size.lora:
         assert seen(stage) == stage.examples + stage.replay
     assert seen(size.dpo) <= 2 * size.dpo.examples             # pairs: about twice
@@ -74,9 +74,11 @@ def test_the_context_holds_the_longest_story_dialogue_and_question(name):
     answer has 40 tokens at most."""
     recipe = sizes.SIZES[name].stories
     setting, limit = recipe.setting, recipe.model.max_seq_len
-    texts = stages.training_texts(replace(recipe, stories=6000))
+    texts = stages.tales(6000, setting)
+    practiced = [practice(i, setting) for i in range(3000)]
     tokenizer = Tokenizer.train(texts, recipe.model.vocab_size, stages.SPECIAL_TOKENS)
-    longest = {"story": max(len(stages.encode_document(text, tokenizer)) for text in texts)}
+    longest = {kind: max(len(stages.encode_document(text, tokenizer)) for text in some)
+               for kind, some in (("story", texts), ("practice", practiced))}
     for region in VALLEY, HARBOUR:
         talks = dialogues(2000, region=region, setting=setting)
         asked = exams(1000, region=region, setting=setting)

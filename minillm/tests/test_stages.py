@@ -19,7 +19,7 @@ import torch
 import minillm
 from minillm import __main__ as command
 from minillm.arc import cache, scorecard, stages
-from minillm.arc.sizes import SIZES, Size, size as size_in_use
+from minillm.arc.sizes import SIZES, Part, Size, size as size_in_use
 from minillm.gguf import read_gguf
 from minillm.hub import from_pretrained
 from minillm.rl import ppo
@@ -30,6 +30,7 @@ STAGES = ("base", "chat", "lora", "rlhf", "dpo")
 WRITERS = {"storage.checkpoint", "storage.files", "storage.progress"}
 LINES = [f"{n} bottles of milk stood on the wall, and {n + 1} under it." for n in range(600)]
 TEXT = "\n".join(LINES)
+PARTS = (Part(drills=16), Part(stories=16), Part(practice=16), Part(practice=16, stories=32))
 
 
 def cut(monkeypatch, size, folder):
@@ -41,7 +42,7 @@ def cut(monkeypatch, size, folder):
                     n_kv_heads=1, hidden_dim=48, max_seq_len=2048)
     training = replace(size.stories.training, steps=6, warmup=2)
     recipes = {"stories": replace(size.stories, model=model, training=training, batch_size=16,
-                                  stories=64, drills=32, compiling=False),
+                                  parts=PARTS, compiling=False),
                "files": replace(size.files, model=replace(model, max_seq_len=64),
                                 training=training, compiling=False)}
     for name in STAGES[1:]:
@@ -100,6 +101,22 @@ def assert_same(a, b):
     torch.testing.assert_close(a(ids), b(ids), atol=1e-5, rtol=0)
 
 
+def test_chat_begins_with_the_marker_of_an_answer_as_a_question_mark(small, monkeypatch):
+    before, seen = stages.base(bar=False), []
+    rows = before.model.model.embed_tokens.weight.detach().clone()
+    tuned = stages.finetune
+
+    def noted(model, *rest, **settings):
+        seen.append(model.model.embed_tokens.weight.detach().clone())
+        return tuned(model, *rest, **settings)
+
+    monkeypatch.setattr(stages, "finetune", noted)
+    stages.chat(bar=False)
+    (question,) = before.tokenizer.encode("?")
+    rows[before.tokenizer.special_tokens[stages.ASSISTANT]] = rows[question]
+    assert torch.equal(seen[0], rows)
+
+
 def test_an_adapter_is_the_same_whether_chat_was_built_just_now_or_loaded(small):
     first = stages.lora(bar=False)
     shutil.rmtree(small / "cache" / first.key)
@@ -130,13 +147,13 @@ def imported_by(module):
 
 def test_a_stage_is_built_anew_when_the_one_before_it_changes(small, monkeypatch):
     before = stages.chat(bar=False).key
-    changed = replace(stages.size(), stories=replace(stages.size().stories, seed=1))
+    changed = replace(stages.size(), stories=replace(stages.size().stories, seed=5))
     monkeypatch.setattr(stages, "size", lambda: changed)
     assert stages.chat(bar=False).key != before
 
 
 def test_one_story_in_25_is_from_the_harbour():
-    texts = stages.training_texts(replace(size_in_use().stories, stories=100))
+    texts = stages.tales(100, size_in_use().stories.setting)
     from_harbour = [i for i, text in enumerate(texts)
                     if any(place in text for place in HARBOUR.places)]
     assert from_harbour == [24, 49, 74, 99]

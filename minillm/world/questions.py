@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import EllipsisType
 
 from minillm.world.stories import (
-    PLAIN, Character, Scene, Setting, Story, Teller, Thing, World, capital, with_article)
+    PLAIN, Setting, Story, Thing, World, capital, subject_of, with_article)
 from minillm.world.templates import VALLEY, Region
 
 MANNERS = {"plain": "{}.", "polite": "{}, my friend.", "rude": "{}, as any fool can see."}
@@ -185,11 +185,6 @@ def questions(story: Story, region: Region, rng: random.Random, n: int) -> list[
     return found
 
 
-def subject_of(hero: Character, rng: random.Random) -> str:
-    """How a request names the hero of a story: "a shy alpaca", or in three of ten "Vera"."""
-    return hero.name if rng.random() < 0.3 else f"{with_article(hero.trait)} {hero.kind}"
-
-
 def request(story: Story, rng: random.Random) -> tuple[str, tuple[str, str]]:
     """An instruction that this story follows, and the words that a story must have to follow it.
 
@@ -255,11 +250,9 @@ def openings(world: World, rng: random.Random, n: int = 5) -> list[dict[str, str
     """
     messages = []
     for _ in range(n):
-        teller = Teller(rng)
-        scene = Scene(teller)
-        world.introduce(teller, scene)
-        wish = rng.choice(BEGIN).format(subject_of(scene.people[0], rng))
-        messages += [say("user", wish), say("assistant", teller.text)]
+        hero, sentence = world.begin(rng)
+        wish = rng.choice(BEGIN).format(subject_of(hero, rng))
+        messages += [say("user", wish), say("assistant", sentence)]
     return messages
 
 

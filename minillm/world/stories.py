@@ -117,6 +117,12 @@ def with_article(words: str) -> str:
     return ("an " if words[0] in "aeiou" or words.startswith("honest") else "a ") + words
 
 
+def subject_of(hero: Character, rng: random.Random) -> str:
+    """How a title or a request names the hero of a story: "a shy alpaca", or in three of ten
+    "Vera"."""
+    return hero.name if rng.random() < 0.3 else f"{with_article(hero.trait)} {hero.kind}"
+
+
 def capital(words: str) -> str:
     """The words with a capital first letter."""
     return words[0].upper() + words[1:]
@@ -153,6 +159,13 @@ class World:
         `split` ("train" or "heldout") is part of the seed, so the two never share one.
         """
         return self.tell(Teller(random.Random(f"{split} {seed}")))
+
+    def begin(self, rng: random.Random) -> tuple[Character, str]:
+        """The hero of a story, and the sentence that introduces him or her."""
+        teller = Teller(rng)
+        scene = Scene(teller)
+        self.introduce(teller, scene)
+        return scene.people[0], teller.text
 
     def stories(self, n: int, split: str = "train", start: int = 0) -> list[Story]:
         """The n stories with the seeds from `start` on."""
