@@ -49,8 +49,8 @@ def seeded(recipe: Recipe | Tuning, seed: int) -> Recipe | Tuning:
 
 
 def base(bar: bool = True, seed: int = 0) -> Stage:
-    """The base model of the course: trained on the story world, in about five minutes on two cores
-    (size cpu), if it was not built before."""
+    """The base model of the course: trained on the story world, in three to five minutes on two
+    cores (size cpu), if it was not built before."""
     recipe = seeded(size().stories, seed)
     return build("base", recipe, make_base, bar, heldout_texts=heldout_texts)
 
