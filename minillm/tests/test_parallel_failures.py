@@ -16,15 +16,19 @@ from minillm.storage.shared import rank_and_world
 from minillm.tests import parallel_runs as runs
 from minillm.train import TrainConfig, load_checkpoint, train
 
-STEP = 4        # in which it happens, after the checkpoint of four steps
+STEP = 4        # in which it happens, after the checkpoint of four steps:
+SAVED = "step-00000004.safetensors"
 
 
 class Batches:
-    def __init__(self, what=None):
-        self.what = what
+    def __init__(self, what=None, folder=None):
+        self.what, self.folder = what, folder
 
     def __getitem__(self, i):
         if self.what and i == STEP and rank_and_world()[0] == 1:
+            # The first process, which is ended soon after the second, may still be saving.
+            while not (self.folder / SAVED).exists():
+                time.sleep(0.01)
             self.what()
         return runs.batch(i)
 
@@ -52,7 +56,7 @@ def in_each(what, folder, patience):
     try:
         with joined(patience):
             rank = rank_and_world()[0]
-            train(runs.build(exact=False), Batches(what), config(folder), group=Processes())
+            train(runs.build(exact=False), Batches(what, folder), config(folder), group=Processes())
     except OSError as error:
         (folder / f"said{rank}").write_text(json.dumps([type(error).__name__, str(error)]))
         raise
@@ -74,7 +78,7 @@ test.in_each(test.{what.__name__}, Path({str(tmp_path)!r}), {patience})
         assert json.loads((tmp_path / "said1").read_text()) == [
             "OSError", "the disk of this host is full"]
     [left] = {path.name for path in tmp_path.glob("step-*")} - {"step-00000002.safetensors"}
-    assert left == "step-00000004.safetensors" and load_file(tmp_path / left)
+    assert left == SAVED and load_file(tmp_path / left)
     model = Llama(LlamaConfig(**runs.SHAPE))
     history = load_checkpoint(tmp_path / left, model)
     unbroken = runs.build(exact=False)
