@@ -32,7 +32,7 @@ def check_beta(beta: float, *logps: Tensor) -> None:
         raise TypeError(f"log-probabilities must be tensors (b,): got {wrong[0]!r:.60}")
     shapes = [tuple(z.shape) for z in logps]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] == 0:
-        raise ValueError("log-probabilities must have one shape (b,), one number a pair: "
+        raise ValueError("log-probabilities must have one shape (b,), one number per pair: "
                          f"got {shapes}")
 
 
@@ -107,7 +107,7 @@ def sample_pairs(model: Llama, tokenizer: Tokenizer, prompts: Sequence[tuple[lis
     n < 2, or a judge that gives nan.
     """
     if n < 2:
-        raise ValueError(f"n must be at least 2 answers a prompt, to have two to compare: got {n}")
+        raise ValueError(f"n must be at least 2 answers per prompt, to compare two: got {n}")
     questions = [messages for messages, _ in prompts]
     drawn = replies(model, tokenizer, questions, n, temperature=1.0, seed=seed)
     pairs = []

@@ -27,7 +27,8 @@ ADVICE = {
     "valid": "if bits/byte is normal, what is wrong first with the stories that it writes "
              "(faults in arc/scorecard.py), and how they are sampled (generate.py)",
     "answers": "the dialogues (world/questions.py) and which of their tokens count (sft.py)",
-    "unknown": "the questions that have no answer (missing in world/questions.py)",
+    "unknown": "the questions that have no answer (missing in world/questions.py), and whether the "
+               "model compares both the color and the noun of a thing (chapter 11)",
     "requests": "the dialogues that begin stories (openings in world/questions.py)",
     "harbour": "if only lora is off, the adapter (lora.py) and the dialogues from the harbour",
     "wins": "the preference pairs, and the loss over them (dpo.py, history of the stage)",

@@ -207,7 +207,9 @@ def generate(solution: str | Path, folder: str | Path) -> bool:
         if without_outputs(there) == without_outputs(blank):
             return False
     target.parent.mkdir(parents=True, exist_ok=True)
+    # A line is not split in two because its parts arrived one after the other.
     NotebookClient(blank, kernel_name="python3", timeout=600, record_timing=False,
+                   coalesce_streams=True,
                    resources={"metadata": {"path": str(target.parent)}}).execute()
     _write(blank, target)
     return True

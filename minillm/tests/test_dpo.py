@@ -296,7 +296,7 @@ def test_a_pair_of_another_kind_is_named(bad, tokenizer, pairs):
 
 
 def test_one_answer_is_no_comparison(tokenizer):
-    with pytest.raises(ValueError, match="n must be at least 2 answers a prompt.* got 1"):
+    with pytest.raises(ValueError, match="n must be at least 2 answers per prompt.* got 1"):
         sample_pairs(tiny(), tokenizer, exams(1), Question.reward, n=1)
 
 
