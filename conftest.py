@@ -8,8 +8,8 @@ PARALLEL = "PYTEST_XDIST_WORKER" in os.environ     # pytest -n 2
 if PARALLEL:
     # Workers with several threads each would slow each other down many times over.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What the tests and notebooks assert about trained models is about this size, on a GPU, too, where
-# another one is the default.
+# The tests and notebooks assert what models of this size can do, so it is also used on a GPU, where
+# another size is the default.
 os.environ.setdefault("MINILLM_SIZE", "cpu")
 
 if importlib.util.find_spec("sphinx") is None:
@@ -35,8 +35,8 @@ def pytest_runtest_setup(item):
 def pytest_collection_modifyitems(items):
     """In parallel, the last chapter that starts from a stage goes first, the other such ones last.
 
-    It needs nearly all stages of the model, and builds them while the other worker does what needs
-    none. The rest of the chapters that start from a stage come last, and find it built.
+    It needs the stages base, chat and dpo, and builds them while the other worker does what needs
+    none. The other chapters that start from a stage come last, and find these built.
     """
     if not PARALLEL:
         return

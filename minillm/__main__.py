@@ -1,5 +1,7 @@
-"""Train a LLaMA on the story world and tune it to talk, or train one on your own text, and show
-what it learned."""
+"""Train a LLaMA on the story world and tune it to talk, or train one on your own text.
+
+Prints what it learned.
+"""
 import argparse
 import sys
 import zlib
@@ -23,16 +25,16 @@ from minillm.hub import model_card, save_gguf, save_pretrained
 from minillm.serving import server
 from minillm.sft import answer_room, encode_prompt
 
-ANSWER = 400      # tokens that an answer may have: a story and some more
+ANSWER = 400      # the most tokens of an answer: more than a story has
 ABOUT = """# The model of the minillm course
 
 It tells short stories about animals and answers questions about them, in turns marked with
 `<|user|>` and `<|assistant|>` (see chat_template.jinja). A program wrote the stories and dialogues
-that it was trained on, so they hold no text and no data of people; the training is described in
-the chapters of the course.
+that it was trained on, so they contain nothing that people wrote and no personal data. The chapters
+of the course describe the training.
 
-Not for use outside of teaching: it knows nothing but its story world, answers wrongly at times, and
-was not made safe in any way."""
+Not for use outside of teaching: it knows nothing but its story world, sometimes answers wrongly,
+and has not been made safe in any way."""
 
 
 def arc() -> None:
@@ -50,7 +52,7 @@ def arc() -> None:
         rows.append(scorecard.score(name, stage.model, stage.tokenizer, before, base.setting))
         print(scorecard.table(rows))
     print(f"{scorecard.LEGEND}\n\n{ranges.compare(rows[1:], sizes.chosen())}\n\n"
-          "Talk with it: python -m minillm chat")
+          "Talk to it: python -m minillm chat")
 
 
 def own_text(paths: list[str]) -> None:
@@ -79,8 +81,8 @@ def answer(stage: Stage, messages: list[dict[str, str]], seed: int = 0) -> str:
 
 
 def chat(prompt: str | None) -> None:
-    """Talk with the newest stage, or answer one prompt. Stages that are missing are built first;
-    their progress goes to stderr."""
+    """Talk to the tuned model (stage dpo), or answer one prompt. Stages that are missing are built
+    first; their progress goes to stderr."""
     if prompt is None:
         terminal.check_input()
     else:
@@ -90,31 +92,31 @@ def chat(prompt: str | None) -> None:
     with redirect_stdout(sys.stderr):
         stage = stages.dpo()
     if prompt is not None:
-        # Each prompt has a story of its own, which is always the same.
+        # The prompt is the seed: each has its own story, and the same one each time.
         seed = zlib.crc32(prompt.encode())
         answer(stage, [{"role": "user", "content": prompt}], seed)
         return
     print('Try "Tell a story about a shy alpaca and a kite.", then "Who has the kite?" '
-          "An empty line ends the talk.")
+          "An empty line ends the conversation.")
     messages = []
     while line := terminal.ask().strip():
         messages.append({"role": "user", "content": line})
         try:
-            reply = answer(stage, messages, seed=len(messages)) or "..."
+            reply = answer(stage, messages, seed=len(messages)).strip() or "..."
         except ValueError as error:
-            print(f"({error}. The talk begins anew.)")
+            print(f"({error}. The conversation starts over.)")
             messages = []
         else:
             messages.append({"role": "assistant", "content": reply})
 
 
 def export(folder: str, gguf: str | None = None) -> None:
-    """Write the newest stage to FOLDER as files that transformers opens, with --gguf llama.cpp,
-    too. Stages that are missing are built first."""
+    """Write the tuned model (stage dpo) to FOLDER as files that transformers can open and, with
+    --gguf, as a file for llama.cpp. Stages that are missing are built first."""
     if not folder:
         raise ValueError("the name of the folder is empty")
     folder = Path(folder)
-    for path in (folder, *folder.parents):       # said at once, not after minutes of building
+    for path in (folder, *folder.parents):       # report it now, not after minutes of building
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: name a folder")
     with redirect_stdout(sys.stderr):
@@ -130,38 +132,38 @@ def export(folder: str, gguf: str | None = None) -> None:
 
 
 def serve(host: str, port: int) -> None:
-    """Talk with the newest stage in a browser, or from any program that speaks to OpenAI's
-    interface. Stages that are missing are built first."""
-    # What is wrong with the address is said at once, not after minutes of building.
+    """Talk to the tuned model (stage dpo) in a browser, or from any program that speaks OpenAI's
+    protocol. Stages that are missing are built first."""
+    # Listen first: a bad address is reported at once, not after minutes of building.
     listener = server.listen(host, port)
     with redirect_stdout(sys.stderr):
         stage = stages.dpo()
     try:
         server.serve(listener, stage.model, stage.tokenizer, "minillm", host)
     except KeyboardInterrupt:
-        print("\nThe server has ended.")
+        print("\nThe server has stopped.")
 
 
 EPILOG = ("Finished stages are kept in the user's cache folder, or in the one that MINILLM_CACHE "
-          "names. Ctrl-C keeps a checkpoint: the same command goes on.")
+          "names. Ctrl-C keeps a checkpoint, and the same command continues from there.")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options that are on the command line. Ends the program for wrong ones, and for --help."""
+    """The options on the command line. Raises SystemExit for wrong ones, and for --help."""
     parser = argparse.ArgumentParser(prog="python -m minillm", description=__doc__, epilog=EPILOG)
     parser.add_argument("--text", nargs="+", metavar="FILE",
                         help="learn from these UTF-8 text files instead of the story world")
     what = parser.add_subparsers(dest="what", metavar="[chat | export | serve]")
 
     talking = what.add_parser("chat", help=chat.__doc__)
-    talking.add_argument("--prompt", help="answer this once, on stdout, and end")
+    talking.add_argument("--prompt", help="answer this prompt on stdout, then exit")
 
     exporting = what.add_parser("export", help=export.__doc__)
     exporting.add_argument("folder", metavar="FOLDER")
     exporting.add_argument("--gguf", action="store_true",
-                           help="and a GGUF file, minillm-TYPE.gguf, for llama.cpp")
+                           help="also write a GGUF file, minillm-TYPE.gguf, for llama.cpp")
     exporting.add_argument("--type", choices=("f32", "f16", "q8_0"),
-                           help="how the GGUF file holds matrices, in 32, 16 or 8.5 bits per "
+                           help="how the GGUF file stores matrices: in 32, 16 or 8.5 bits per "
                                 "weight; by default f16")
 
     serving = what.add_parser("serve", help=serve.__doc__)
@@ -172,7 +174,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     options = parser.parse_args(arguments)
     if options.what == "export" and options.type and not options.gguf:
-        exporting.error("--type is that of a GGUF file: add --gguf")
+        exporting.error("--type applies only to a GGUF file: add --gguf")
     return options
 
 
@@ -194,8 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 arc()
     except KeyboardInterrupt as stopped:
-        in_training = bool(stopped.args)         # see train: it says at which step
-        goes_on = " The same command goes on from the last checkpoint." if in_training else ""
+        in_training = bool(stopped.args)         # train() raises it with the step
+        goes_on = " The same command continues from the last checkpoint." if in_training else ""
         print(f"\nStopped.{goes_on}")
         return 130
     except (ValueError, OSError) as error:

@@ -54,8 +54,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Te
     b, h, t, width = q.shape
     g, s = k.shape[1], k.shape[2]
     if h % g or t > s:
-        raise ValueError(f"{h} query heads need a divisor of {h} as key-value heads, "
-                         f"and {t} queries at least as many keys: "
+        raise ValueError(f"the key-value heads must divide the {h} query heads, "
+                         f"and {t} queries need at least as many keys: "
                          f"got {g} key-value heads, {s} keys")
     if t == 1:                        # a single new token sees everything, and needs no mask
         q = q.reshape(b, g, h // g, width)       # the heads of a group as queries of one head

@@ -166,9 +166,10 @@ class Rows:
 
     documents: lists of token ids, each with its own start and end token.
     rows[i] -> inputs, targets, int64 (b, t): batch i of an endless sequence that goes through all
-    documents in a new order in each epoch. It depends only on the seed and i, so i is all that is
-    needed to resume. Documents of similar length share a batch, so there is little padding.
-    Raises ValueError for sizes that do not fit, TypeError for ids that are no whole numbers.
+    documents in a new order in each epoch, except for a few that are left over if batch_size does
+    not divide their number. It depends only on the seed and i, so i is all that is needed to
+    resume. Documents of similar length share a batch, so there is little padding.
+    Raises ValueError for sizes that do not fit, TypeError for ids that are not integers.
     """
 
     def __init__(self, documents: Sequence[list[int]], batch_size: int, seed: int = 0) -> None:
@@ -211,7 +212,7 @@ class Windows:
     """Batches of random windows of one long array of token ids (a memmap if memory is too small).
 
     windows[i] -> inputs, targets, int64 (batch_size, length); depends only on the seed and i.
-    Raises ValueError for sizes that do not fit, TypeError for ids that are no whole numbers.
+    Raises ValueError for sizes that do not fit, TypeError for ids that are not integers.
     """
 
     def __init__(self, ids: np.ndarray, batch_size: int, length: int, seed: int = 0) -> None:
@@ -303,11 +304,11 @@ def read_tokens(path: str | Path, tokenizer: Tokenizer | None = None) -> np.memm
             while block := file.read(2**16):
                 crc = zlib.crc32(block, crc)
         if crc != header["crc32"]:
-            raise ValueError("the checksum does not fit the content")
+            raise ValueError("the checksum does not match the content")
         ids = np.memmap(path, header["dtype"], "r", HEADER, (header["tokens"],))
         made_with = header["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged or no file of write_tokens ({e}): "
+        raise ValueError(f"{path} is damaged, or was not written by write_tokens ({e}): "
                          "write it again") from None
     if tokenizer and made_with != fingerprint(tokenizer):
         raise ValueError(f"{path} was written with another tokenizer: write it again with this one")

@@ -67,7 +67,7 @@ def reporting_lost_processes() -> Iterator[None]:
     that itself or torchrun tells it to end."""
     rank, world = rank_and_world()
     sentence = (f"process {rank} of {world} lost the others: one has ended or does not answer. Its "
-                "own message says why. The same command goes on from the last checkpoint, if any")
+                "own message says why. The same command continues from the last checkpoint, if any")
 
     def told_to_end(*args):
         raise ConnectionError(sentence)

@@ -25,7 +25,7 @@ from .tokenizer import Tokenizer
 # %% ../notebooks/16_dpo.ipynb #3365eb32
 def check_beta(beta: float, *logps: Tensor) -> None:
     """Raises ValueError unless beta is above 0 and all logps have the same shape (b,), with b at
-    least 1, and TypeError for logps that are no tensors."""
+    least 1, and TypeError for logps that are not tensors."""
     if not beta > 0:
         raise ValueError(f"beta must be above 0: got {beta}")
     if wrong := [z for z in logps if not isinstance(z, Tensor)]:
@@ -124,7 +124,7 @@ def sample_pairs(model: Llama, tokenizer: Tokenizer, prompts: Sequence[tuple[lis
 # %% ../notebooks/16_dpo.ipynb #331bfd29
 def check_pairs(pairs: Sequence[tuple[list[dict], str, str]]) -> None:
     """Raises ValueError if there are no pairs, or for one that teaches nothing, TypeError for one
-    that is no (messages, chosen, rejected). Both name it."""
+    that is not (messages, chosen, rejected). Both name it."""
     if not pairs:
         raise ValueError("no pairs: did the judge like all answers to a prompt alike?")
     for i, pair in enumerate(pairs):

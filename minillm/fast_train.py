@@ -357,7 +357,7 @@ def can_compile(device: str | torch.device) -> bool:
             torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        print("torch.compile does not work here, training goes on without it "
+        print("torch.compile does not work here, training continues without it "
               f"({type(error).__name__}: {reason:.100})")
         return False
     return True

@@ -86,7 +86,7 @@ def check_number(name: str, value: object, kind: type = Real) -> None:
 def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
                    min_p: float | None = None, repetition_penalty: float = 1.0) -> None:
     """Raises ValueError, naming the value, for settings that define no distribution, and TypeError
-    for what is no number."""
+    for anything that is not a number."""
     check_number("temperature", temperature)
     check_number("repetition_penalty", repetition_penalty)
     for name, value in ("top_k", top_k), ("top_p", top_p), ("min_p", min_p):
@@ -198,8 +198,8 @@ def seen_tokens(ids: Tensor, vocab_size: int, padding: Tensor | None = None) -> 
 
 # %% ../notebooks/08_generation.ipynb #97c53fb5
 def check_logits(logits: Tensor) -> None:
-    """Raises ValueError unless the logits of a model are finite. The largest of some that are nan
-    would be one and the same token for ever."""
+    """Raises ValueError unless the logits of a model are finite. If some were nan,
+    generation would pick the same token forever."""
     if not logits.isfinite().all():
         raise ValueError("the model gives logits that are not finite: has its training "
                          "diverged, or is its file damaged?")
@@ -258,7 +258,7 @@ def generate(model: nn.Module, ids: Tensor, max_new_tokens: int, temperature: fl
     rows have reached the token `stop`, or one of several.
 
     model: a Llama, or a module with the same call, model(ids, caches, start). A row that has
-    reached one is filled with `stop` (the first of several). temperature divides the logits; 0
+    reached `stop` is filled with it (or the first of several). temperature divides the logits; 0
     takes the most likely token. For top_k, top_p, min_p and repetition_penalty see keep_top_k,
     keep_top_p, keep_min_p and penalize. padding (b,): the number of padding tokens on the left of
     each row, from pad_left. The same seed gives the same tokens.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .storage.files import replacing
 
-ALIGNMENT = 32                      # each tensor begins at a multiple of so many bytes
+ALIGNMENT = 32                      # each tensor begins at a multiple of this many bytes
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?",
            10: "Q", 11: "q", 12: "d"}      # the type of a value: its letter in struct
 STRING, ARRAY = 8, 9
@@ -87,7 +87,7 @@ def dequantize_q8_0(blocks: Tensor) -> Tensor:
 
 # %% ../notebooks/19_ship.ipynb #20407165
 TYPES = {"f32": 0, "f16": 1, "q8_0": 8}             # of tensors
-BLOCK = {0: (1, 4), 1: (1, 2), 8: (32, 34)}         # so many weights take so many bytes
+BLOCK = {0: (1, 4), 1: (1, 2), 8: (32, 34)}         # type: (weights, bytes) of a block
 
 
 def tensor_kind(w: Tensor, dtype: str) -> int:
@@ -194,7 +194,7 @@ def read_value(reader: Reader, kind: int, what: str, nested: bool = False) -> An
 
 
 def read_metadata(reader: Reader, count: int) -> dict[str, Any]:
-    """{key: value} of so many entries.
+    """{key: value} of the next `count` entries.
 
     Raises ValueError for a key that comes twice, and as Reader does.
     """
@@ -209,7 +209,7 @@ def read_metadata(reader: Reader, count: int) -> dict[str, Any]:
 
 # %% ../notebooks/19_ship.ipynb #d1ed350d
 def read_infos(reader: Reader, count: int, alignment: int) -> dict[str, tuple]:
-    """{name: (type, shape)} of so many tensors. Raises ValueError naming the tensor."""
+    """{name: (type, shape)} of the next `count` tensors. Raises ValueError naming the tensor."""
     infos, expected = {}, 0
     for i in range(count):
         name = reader.string(f"the name of tensor {i}")

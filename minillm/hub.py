@@ -228,11 +228,12 @@ def llama3_factors(config: ScaledConfig, device: torch.device | str | None = Non
 
     config.rope_scaling: factor, low, high, original. Waves that fit more than `high` times into the
     original context stay as they are, waves that fit fewer than `low` times are stretched by
-    `factor`, and in between the change is gradual (Dubey et al. 2024; the rule is in Meta's code).
+    `factor`, and in between the change is gradual (Grattafiori et al. 2024; the rule is in
+    Meta's code).
     """
     factor, low, high, original = config.rope_scaling
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, device)
-    times = original * frequencies / (2 * math.pi)      # each wave fits so many times
+    times = original * frequencies / (2 * math.pi)      # how often each wave fits
     share = ((times - low) / (high - low)).clamp(0, 1)
     return 1 / ((1 - share) / factor + share)
 
@@ -312,7 +313,7 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Llama:
     """The Llama in a folder of Hugging Face's format, ours or published, with its weights in dtype.
 
     Raises ValueError, naming file and tensor, for what is missing, damaged, or not a LLaMA like
-    ours, TypeError for a dtype that is none. No pickle is ever opened.
+    ours, and TypeError for a dtype that is not torch's. No pickle is ever opened.
     """
     folder = Path(folder)
     if not isinstance(dtype, torch.dtype):

@@ -99,14 +99,14 @@ def quantize_zeropoint(weight: Tensor, dim: int | None = 1,
 
 # %% ../notebooks/17_quantization.ipynb #e60f3a18
 def to_codes(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The codes uint8 nearest to w.
+    """The codes (uint8) nearest to w.
 
     Computed in floats, because in uint8 the sum would wrap around before it is clamped."""
     return (w / scale + zero).round().clamp(0, 2**bits - 1).to(torch.uint8)
 
 
 def from_codes(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The numbers float32 that codes stand for. (In uint8 the difference would wrap around.)"""
+    """The numbers (float32) that codes stand for. (In uint8 the difference would wrap around.)"""
     return (codes.float() - zero.float()) * scale
 
 # %% ../notebooks/17_quantization.ipynb #e0d63657

@@ -120,7 +120,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float,
 
     The model is changed in place, and everything else in it is frozen. Its outputs stay the same,
     since every B is zero. Raises the errors of check_rank and find_targets, ValueError if the model
-    has LoRA already, and TypeError if it is no module, all before anything is changed.
+    has LoRA already, and TypeError if it is not a module, all before anything is changed.
     """
     check_rank(rank, alpha)
     if not isinstance(model, nn.Module):

@@ -241,7 +241,7 @@ def load_model(path: str | Path) -> Llama:
     try:
         tensors, meta = unseal(Path(path).read_bytes())
         if meta.get("minillm") != "model":
-            raise ValueError("it is no file of save_model")
+            raise ValueError("it was not written by save_model")
         model = Llama(LlamaConfig(**json.loads(meta["config"])))
         for name, (kind, options) in json.loads(meta["layers"]).items():
             replace_module(model, name, KINDS[kind](model.get_submodule(name), **options))

@@ -43,7 +43,7 @@ def check_dialogue(messages: list[dict]) -> None:
         role, content = message["role"], message["content"]
         expected = ("user", "assistant")[i % 2]
         if role != expected:
-            raise ValueError(f"message {i} must be of the {expected} "
+            raise ValueError(f"message {i} must be from the {expected} "
                              f"(roles alternate, user first): got {role!r}")
         if not isinstance(content, str):
             raise TypeError(f"the content of message {i} must be a str: "
@@ -94,7 +94,7 @@ def encode_prompt(messages: list[dict], tokenizer: Tokenizer) -> list[int]:
     """
     ids, _ = encode_dialogue(messages, tokenizer)
     if messages[-1]["role"] != "user":
-        raise ValueError("the last message must be of the user, or there is nothing to answer: "
+        raise ValueError("the last message must be from the user, or there is nothing to answer: "
                          f"got {messages[-1]['role']!r}")
     return [*ids, tokenizer.special_tokens[ASSISTANT]]
 
@@ -208,7 +208,7 @@ def begin_as(model: Llama, tokenizer: Tokenizer, token: str, other: str) -> None
     or needs more than one token for `other`.
     """
     if token not in tokenizer.special_tokens:
-        raise ValueError(f"{token!r} is no special token of this tokenizer: "
+        raise ValueError(f"{token!r} is not a special token of this tokenizer: "
                          f"it has {', '.join(tokenizer.special_tokens)}")
     ids = tokenizer.encode(other)
     if len(ids) != 1:

@@ -130,11 +130,11 @@ def check_ranks(ranks: dict[bytes, int], known: Iterable[bytes]) -> None:
 
 
 def check_pattern(pattern: str) -> str:
-    """The pattern. Raises ValueError if it is no regular expression, or captures a group."""
+    """The pattern. Raises ValueError if it is not a regular expression, or captures a group."""
     try:
         groups = regex.compile(pattern).groups
     except regex.error as e:
-        raise ValueError(f"the pattern {pattern!r:.80} is no regular expression: {e}") from None
+        raise ValueError(f"the pattern {pattern!r:.80} is not a regular expression: {e}") from None
     if groups:
         raise ValueError(f"the pattern {pattern!r:.80} has a capturing group (...): "
                          "write (?:...) in its place")
@@ -144,7 +144,7 @@ def check_pattern(pattern: str) -> str:
 def with_own_ids(vocab: dict[int, bytes], special_tokens: Collection[str]) -> dict[int, bytes]:
     """`vocab` and, if the special tokens come as {str: id}, these at their ids.
 
-    Raises ValueError if an id is that of another token, TypeError for what is no id.
+    Raises ValueError if an id is that of another token, TypeError for anything that is not an id.
     """
     if not isinstance(vocab, dict) or not all(isinstance(i, int) for i in vocab):
         raise TypeError(f"vocab must be a dict {{id: bytes}}, got {vocab!r:.60}")
@@ -183,7 +183,8 @@ def index_vocab(vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]],
     for token in check_special(special_tokens):
         special[token] = rest.pop(token.encode(), None)
     if rest:
-        raise ValueError(f"token {next(iter(rest))!r} is no byte, made by no merge and not special")
+        raise ValueError(f"token {next(iter(rest))!r} is neither a byte nor made by a merge nor "
+                         "special")
     for token in special:
         if special[token] is None:
             special[token], new = new, new + 1
@@ -275,7 +276,7 @@ def parse_file(content: dict) -> tuple:
     """
     data = content["data"]
     if content["sha256"] != checksum(data):
-        raise ValueError("the checksum does not fit the content")
+        raise ValueError("the checksum does not match the content")
     vocab = {i: token.encode("latin-1") for i, token in enumerate(data["vocab"])}
     merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in data["merges"]]
     return vocab, merges, data["special_tokens"], data["pattern"]
@@ -317,7 +318,7 @@ class Tokenizer(Codec):
         try:
             return cls(*parse_file(json.loads(Path(path).read_text(encoding="utf-8"))))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-            raise ValueError(f"{path} is damaged or no tokenizer ({type(e).__name__}: {e}): "
+            raise ValueError(f"{path} is damaged or not a tokenizer ({type(e).__name__}: {e}): "
                              "save it or train again") from None
 
     def to_tiktoken(self) -> tiktoken.Encoding:

@@ -236,8 +236,8 @@ def describe_model(model: nn.Module) -> dict[str, str]:
 
 def describe_loss(loss: Callable) -> str:
     """The name of a loss, with the numbers and functions that it was made with: the arguments of a
-    partial, what a function captures, or the attributes of an object. Of any other of these, such
-    as a tensor or a list, only the type counts."""
+    partial, what a function captures, or the attributes of an object. Of anything else, such as a
+    tensor or a list, only the type counts."""
     loss = inspect.unwrap(loss)            # a faster one (chapter 23) counts as the one it computes
     if isinstance(loss, partial):
         made_with = [loss.func, *loss.args, *loss.keywords.values()]
@@ -346,7 +346,7 @@ def train(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callabl
             if c.checkpoint and due:
                 save_checkpoint(c.checkpoint, model, optimizer, history, run=run(len(history)))
             if stopped:
-                saved = "; saved, the same call goes on" if c.checkpoint else ""
+                saved = "; saved, the same call continues" if c.checkpoint else ""
                 raise KeyboardInterrupt(f"stopped after step {step}{saved}")
     return history
 

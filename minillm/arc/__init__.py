@@ -1,2 +1,2 @@
-"""The arc of the course: the stages of its model, their settings, the cache that they are kept in,
-and the scorecard."""
+"""The arc of the course: the stages of its model, their settings, the cache that holds them, and
+the scorecard."""

@@ -33,10 +33,10 @@ CODE = ("arc.cache", "arc.fit", "arc.stages", "attention", "bpe", "data", "data_
         "fast_train", "layers", "model", "optim", "rope", "storage.shared", "tokenizer", "train",
         "world.drills", "world.stories", "world.templates")
 # On a CPU a stage is trained with this many threads, whatever the machine has or the caller uses:
-# the order in which a product is summed up depends on their number, and what is learned late in a
-# run depends on such differences.
+# the order in which a matrix product is summed up depends on the number of threads, and what is
+# learned late in a run depends on such differences.
 THREADS = 2
-RANK, ALPHA = 8, 16                       # of LoRA: what is stored of an adapter does not say them
+RANK, ALPHA = 8, 16                       # of LoRA: they are not stored with an adapter
 FILES = ("tokenizer.json", "model.safetensors", "history.json")      # of a stage in the cache
 SUMS = "SHA256SUMS"                       # their checksums; `sha256sum -c SHA256SUMS` reads it, too
 
@@ -44,8 +44,8 @@ SUMS = "SHA256SUMS"                       # their checksums; `sha256sum -c SHA25
 @dataclass
 class Stage:
     """A model with its tokenizer and the history of its training; floor: the entropy of its text in
-    nats per token, if known; heldout: texts that it was not trained on; setting: of the stories
-    that it was trained on; key: the name of its folder in the cache."""
+    nats per token, if known; heldout: texts that it was not trained on; setting: that of the
+    stories it was trained on; key: the name of its folder in the cache."""
 
     model: Llama
     tokenizer: Tokenizer
@@ -57,8 +57,8 @@ class Stage:
 
 
 def code_of(module: str) -> str:
-    """The code of a module without comments, docstrings and layout, so that a change in wording
-    builds nothing anew."""
+    """The code of a module without comments, docstrings and layout, so that no stage is built again
+    for a change in their wording."""
     path = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -69,8 +69,8 @@ def code_of(module: str) -> str:
 
 
 def key(recipe: Recipe | Tuning, code: tuple[str, ...] = CODE, after: str = "") -> str:
-    """What tells stages apart: the settings, the code of modules, and the key of the stage
-    before."""
+    """What tells stages apart: a hash (16 hexadecimal digits) of the settings, of the code of
+    modules (named as in CODE), and of `after`, the key of the stage before."""
     settings = asdict(recipe)
     for shown in ("bar", "floor", "checkpoint"):
         settings["training"].pop(shown)
@@ -86,14 +86,15 @@ def device() -> str:
 def build(name: str, recipe: Recipe | Tuning, make: Callable, bar: bool,
           before: Stage | None = None, code: tuple[str, ...] = (),
           heldout_texts: Callable | None = None) -> Stage:
-    """Load the stage from the cache, or make it there. Two builders at once: the second waits for
-    the first and loads.
+    """Load the stage from the cache, or make it there. If two processes want to build it at once,
+    the second waits for the first, then loads it.
 
     make(recipe, before, checkpoints, bar) trains it, from the stage `before`; code: the modules
-    that shape it, beside CODE; heldout_texts(recipe): the texts that a stage with none before it is
-    not trained on. The folder gets its name when all is in it; until then it ends in .part and
-    holds checkpoints to go on from. A damaged folder is removed, and the stage made again. Raises
-    OSError, naming the folder, if it cannot be written: before any training where that can be told.
+    that shape it, besides CODE; heldout_texts(recipe): the held-out texts of a stage that has none
+    before it (any other takes over those of `before`). The folder gets its name when it is
+    complete; until then its name ends in .part, and it holds checkpoints to resume from. A damaged
+    folder is removed, and the stage is made again. Raises OSError, naming the folder, if it cannot
+    be written, if possible before any training.
     """
     folder = cache_folder() / f"{name}-{key(recipe, CODE + code, before.key if before else '')}"
     first, there, wrong = rank_and_world()[0] == 0, folder.exists(), damage(folder)
@@ -113,7 +114,7 @@ def build(name: str, recipe: Recipe | Tuning, make: Callable, bar: bool,
 
 @contextmanager
 def threads(n: int) -> Iterator[None]:
-    """Have PyTorch work with n threads, but where several processes share the work."""
+    """Have PyTorch use n threads within the block, unless several processes share the work."""
     before = torch.get_num_threads()
     if rank_and_world()[1] == 1:
         torch.set_num_threads(n)
@@ -125,7 +126,7 @@ def threads(n: int) -> Iterator[None]:
 
 def make_in(folder: Path, name: str, make: Callable[[Path], Stage]) -> None:
     """Make a stage and keep it in `folder`, in the place of a damaged one. make(checkpoints) makes
-    it, and goes on from the checkpoints that an earlier call left."""
+    it, and continues from the checkpoints that an earlier call left."""
     part, first = folder.with_suffix(".part"), rank_and_world()[0] == 0
     check_writable(part, name)
     check_writable(part / "checkpoints", name)
@@ -169,7 +170,7 @@ def check_writable(folder: Path, name: str) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(probe) as file:
-                file.write(bytes(2**20))             # on a full disk an empty file has room
+                file.write(bytes(2**20))             # an empty file would fit on a full disk
             probe.unlink()
         except OSError as error:
             reason = f" ({error.strerror})"
@@ -190,18 +191,17 @@ def saving(name: str, folder: Path) -> Iterator[None]:
             kept = any((folder / "checkpoints").glob("step-*.safetensors"))
         except PermissionError:                      # the folder of another user
             kept = False
-        then = "goes on from the checkpoint there" if kept else "begins again"
+        then = "continues from the checkpoint there" if kept else "begins again"
         raise OSError(f"the stage {name} could not be saved in {folder} "
                       f"({error.strerror or error}). When this is fixed, the same command {then}. "
-                      "The environment variable MINILLM_CACHE names another folder, to begin anew "
+                      "The environment variable MINILLM_CACHE names another folder, to start over "
                       "there") from error
 
 
 @contextmanager
 def only_builder(path: Path, name: str) -> Iterator[None]:
-    """One process at a time is within; one that has to wait for another says so, also if the other
-    belongs to somebody else with whom the cache is shared. Raises OSError, naming the file, if it
-    cannot be locked."""
+    """Let one process in at a time; one that has to wait says so. Users who share the cache can all
+    lock the file. Raises OSError, naming the file, if it cannot be locked."""
     lock = FileLock(path, mode=0o666)
     try:
         lock.acquire(timeout=0)
@@ -230,7 +230,7 @@ def save(stage: Stage, folder: Path) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """A file that is whole or not there."""
+    """Write a file that is whole or not there."""
     with replacing(path) as file:
         file.write(data)
 

@@ -18,16 +18,16 @@ from minillm.fast_train import (by_hand, can_compile, chunked_loss, compiled, fu
 from minillm.train import Batches, TrainConfig, count_targets, token_loss, train
 
 
-LENGTHS = 64      # on a GPU, a batch is as long as the next multiple of this
+LENGTHS = 64      # on a GPU, batches are padded to a multiple of this many tokens
 
 
 class Padded:
-    """The batches of a source, inputs and targets (b, t), padded to a multiple of LENGTHS, or to
-    `longest`, with targets that do not count.
+    """The batches of a source, inputs and targets (b, t), padded to the next multiple of LENGTHS,
+    at most to `longest`, with targets that do not count.
 
-    On a GPU a length that was not seen before costs time, for plans of its kernels, and batches of
-    dialogues have hundreds of lengths. Chat was tuned at 5 steps per second with them (H100), and
-    at 17 with few lengths and without cuDNN's attention (H200; see fit).
+    On a GPU each new length costs time, because kernels are planned for it, and batches of
+    dialogues have hundreds of lengths. Tuning the chat model ran at 5 steps per second with all of
+    them (H100), and at 17 with few lengths and without cuDNN's attention (H200; see fit).
     """
 
     def __init__(self, batches: Batches, longest: int):
@@ -42,11 +42,11 @@ class Padded:
 
 def faster(model: nn.Module, loss: Callable = token_loss, compiling: bool = False,
            any_length: bool = False) -> tuple[nn.Module, Callable]:
-    """A model and a loss that are, to rounding, the same functions of the same weights, and faster
-    on this device.
+    """A model and a loss that are, up to rounding, the same functions of the same weights, and
+    faster on this device.
 
-    compiling: by torch.compile, where it works, which takes some seconds first; any_length: for
-    batches whose length varies (see compiled).
+    compiling: with torch.compile, where it works, which takes some seconds at first; any_length:
+    for batches whose length varies (see compiled).
     """
     on_gpu = next(model.parameters()).is_cuda
     compiling = compiling and can_compile("cuda" if on_gpu else "cpu")
@@ -58,7 +58,7 @@ def faster(model: nn.Module, loss: Callable = token_loss, compiling: bool = Fals
 def fit(model: nn.Module, batches: Batches, config: TrainConfig, loss: Callable = token_loss,
         count: Callable = count_targets, compiling: bool = False,
         shard: bool = False) -> list[dict[str, float]]:
-    """As train(): the same arguments, result and exceptions, the same steps to rounding.
+    """Like train(): the same arguments, result and exceptions, and the same steps up to rounding.
 
     compiling: see faster. shard: with torchrun, split weights, gradients and optimizer state over
     the processes, for a model that does not fit on one device.

@@ -24,12 +24,12 @@ ADVICE = {
     "gap": "how far the loss fell (history of the stage), and the settings (arc/sizes.py)",
     "consistency": "if bits/byte is normal, how stories end (world/stories.py) and how that is "
                    "scored (arc/scorecard.py)",
-    "valid": "if bits/byte is normal, what is wrong first with the stories that it writes "
-             "(faults in arc/scorecard.py), and how they are sampled (generate.py)",
+    "valid": "if bits/byte is normal, the first faults of the stories that it writes (faults() in "
+             "arc/scorecard.py), and how they are sampled (generate.py)",
     "answers": "the dialogues (world/questions.py) and which of their tokens count (sft.py)",
-    "unknown": "the questions that have no answer (missing in world/questions.py), and whether the "
-               "model compares both the color and the noun of a thing (chapter 11)",
-    "requests": "the dialogues that begin stories (openings in world/questions.py)",
+    "unknown": "the questions that have no answer (missing() in world/questions.py), and whether "
+               "the model compares both the color and the noun of a thing (chapter 11)",
+    "requests": "the dialogues that begin stories (openings() in world/questions.py)",
     "harbour": "if only lora is off, the adapter (lora.py) and the dialogues from the harbour",
     "wins": "the preference pairs, and the loss over them (dpo.py, history of the stage)",
     "MB": "the shape of the model, and the type of its weights",
@@ -41,7 +41,7 @@ Ranges = dict[str, dict[str, Spread]]     # stage: column: Spread
 
 
 def spread(numbers: Sequence[float]) -> Spread:
-    """Mean, standard deviation (n - 1 below), minimum and maximum of two numbers or more."""
+    """Mean, standard deviation (divided by n - 1), minimum and maximum of two numbers or more."""
     return {"mean": statistics.mean(numbers), "sd": statistics.stdev(numbers),
             "min": min(numbers), "max": max(numbers)}
 
@@ -49,7 +49,7 @@ def spread(numbers: Sequence[float]) -> Spread:
 def spreads(runs: Sequence[Sequence[Row]]) -> Ranges:
     """The spread of each column that has numbers, by stage.
 
-    runs: of each seed the rows of the scorecard, with the same stages in the same order.
+    runs: for each seed, the rows of its scorecard, with the same stages in the same order.
     """
     ranges = {}
     for rows in zip(*runs):
@@ -92,10 +92,10 @@ def write(size: str, runs: Sequence[Sequence[Row]]) -> None:
 
 
 def outside(column: str, value: float, s: Spread) -> bool:
-    """Whether a figure lies more than WIDTH standard deviations from the mean.
+    """Whether a figure is more than WIDTH standard deviations from the mean.
 
     The limits and the figure are rounded as the scorecard shows them. Why not the minimum and the
-    maximum? With 8 seeds, a ninth normal run lies beyond them in a given column with probability
+    maximum? With 8 seeds, a ninth normal run is beyond them in a given column with probability
     2/9. And why 5 deviations? Mean and deviation are themselves estimates from 8 numbers, so that
     the distance of a ninth, divided by sd * sqrt(1 + 1/8), follows Student's t with 7 degrees of
     freedom (if the figures are normally distributed): it exceeds 3 deviations in 2.5% of normal
@@ -115,7 +115,7 @@ def shown(column: str, value: float) -> float:
 def compare(rows: Sequence[Row], size: str) -> str:
     """Whether the rows of a scorecard are those of a normal run of a size, in lines to print.
 
-    rows: of the stages, without the bounds. Raises ValueError as read does.
+    rows: those of the stages, without the bounds. Raises ValueError as read does.
     """
     known = read().get(size)
     if known is None:
@@ -132,8 +132,8 @@ def compare(rows: Sequence[Row], size: str) -> str:
             elif outside(column, value, columns[column]):
                 off.append(sentence(row["stage"], column, value, columns[column], seeds))
     if off:
-        verdict = [f"Is this run normal? Not within the mean of {seeds} (torch {known['torch']}) "
-                   f"+- {WIDTH} standard deviations:", *off,
+        verdict = [f"Is this run normal? These figures are not within {WIDTH} standard deviations "
+                   f"of the mean of {seeds} (torch {known['torch']}):", *off,
                    "Each stage is made from one before it, so begin with the first line."]
     else:
         verdict = [f"Is this run normal? All figures lie within the range of {seeds} (mean +- "

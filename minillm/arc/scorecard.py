@@ -24,7 +24,7 @@ from minillm.world.stories import PLAIN, Setting, Story
 from minillm.world.templates import HARBOUR, VALLEY
 
 Asked = list[tuple[list[dict[str, str]], Question]]       # as exams() gives them
-Row = dict[str, str | float | None]       # of the scorecard, by column; None: nothing to count
+Row = dict[str, str | float | None]       # a row, by column; None: there is nothing to count
 # How the numbers of a column are shown; those of all other columns are shares, shown in percent.
 FORMATS = {"bits/byte": ".4f", "MB": ".1f", "tokens/s": ".0f"}
 
@@ -34,8 +34,8 @@ def bits_per_byte(model: nn.Module, texts: Sequence[str], tokenizer: Tokenizer,
                   batch_size: int = 32) -> float:
     """Bits that the model needs per UTF-8 byte of the texts, each a document with its end.
 
-    This unit does not depend on the tokenizer. Texts longer than max_seq_len are read in pieces
-    that follow each other.
+    This unit does not depend on the tokenizer. Texts longer than max_seq_len are read in
+    consecutive pieces, each scored without the ones before it.
     """
     model.eval()
     length = model.config.max_seq_len
@@ -67,8 +67,8 @@ def consistency(model: nn.Module, stories: Sequence[Story], tokenizer: Tokenizer
     """Share of stories whose end the model completes exactly.
 
     "So now the blue kite" -> " is with Vera, by the river.", for example. Greedy decoding gives the
-    answer exactly when each of its tokens is the most likely one after those before it, so that one
-    pass over question and answer tells.
+    answer exactly when each of its tokens is the most likely one after those before it, so one pass
+    over question and answer is enough to tell.
     """
     model.eval()
     right = 0
@@ -84,9 +84,9 @@ def consistency(model: nn.Module, stories: Sequence[Story], tokenizer: Tokenizer
 
 
 def chance(stories: Sequence[Story]) -> float:
-    """The consistency of a guess at random.
+    """The consistency of a random guess.
 
-    Among the characters of the story and none, and the places that it names.
+    It guesses one of the characters of the story, or nobody, and one of the places that it names.
     """
     guesses = [(len(s.characters) + 1) * len(set(s.places)) for s in stories]
     return sum(1 / n for n in guesses) / len(stories)
@@ -137,7 +137,7 @@ def read_story(text: str, setting: Setting = PLAIN) -> Reading:
 
 
 def faults(texts: Sequence[str], setting: Setting = PLAIN) -> Counter[str]:
-    """How many of the texts have their first fault of each kind (reader.KINDS).
+    """How many of the texts have a first fault of each kind (reader.KINDS).
 
     "none" counts those that the world could have told.
     """
@@ -149,7 +149,8 @@ def validity(model: nn.Module, tokenizer: Tokenizer, n: int = 200, temperature: 
              seed: int = 0, setting: Setting = PLAIN) -> float:
     """Share of n stories, written by the model from nothing, that the world could have told.
 
-    In the valley or in the harbour. With 200 stories, the standard error is up to 3.5 points.
+    In the valley or in the harbour. With 200 stories, the standard error is up to 3.5 percentage
+    points.
     """
     texts = write_texts(model, tokenizer, n, temperature, seed)
     return faults(texts, setting)["none"] / len(texts)
@@ -176,7 +177,7 @@ def size_mb(model: nn.Module) -> float:
 
 
 def grades(model: nn.Module, tokenizer: Tokenizer, asked: Asked) -> list[bool]:
-    """Of each question, whether the greedy answer is right.
+    """For each question, whether the greedy answer is right.
 
     asked: pairs of a dialogue and the Question it ends with.
     """
@@ -200,10 +201,11 @@ def tell(model: nn.Module, tokenizer: Tokenizer, requests: Sequence[tuple],
 
 
 def follows(text: str, wanted: tuple[str, str], setting: Setting = PLAIN) -> dict[str, bool]:
-    """Whether a story has what was asked for: {"thing": ...}, with "name", or "trait" and "kind".
+    """Which parts of a request a story has, as {part: bool}.
 
-    wanted: the animal ("Vera", or "shy alpaca") and the thing. The animal has to be the first
-    character of the story, and a thing to be introduced.
+    wanted: the animal ("Vera", or "shy alpaca") and the thing ("kite"). The parts are "name", or
+    "trait" and "kind", of the first character of the story, and "thing", which the story has to
+    introduce.
     """
     animal, thing = wanted
     reading = read_story(text, setting)
@@ -217,8 +219,8 @@ def win_rate(model: nn.Module, other: nn.Module, tokenizer: Tokenizer, asked: As
              seed: int = 0) -> tuple[float, float]:
     """How often the model's answer has a greater true reward than the other's.
 
-    The share of questions, ties counted half, and half the width of its 95% interval. Both answers
-    are drawn at temperature 1.
+    The share of questions, where a tie counts half, and half the width of its 95% confidence
+    interval. Both answers are drawn at temperature 1.
     """
     prompts = [messages for messages, _ in asked]
     drawn = [replies(m, tokenizer, prompts, temperature=1.0, seed=seed, partial=True)
@@ -247,16 +249,17 @@ among what the story names."""
 def trials(setting: Setting = PLAIN, n: int = 500) -> tuple[list[Story], Asked, Asked]:
     """What every stage is scored on.
 
-    Held-out stories, and questions about others, in the valley and in the harbour.
+    n held-out stories, n questions about others in the valley, and n in the harbour.
     """
     stories = World(setting=setting).stories(n, "heldout")
     return stories, exams(n, setting=setting), exams(n, region=HARBOUR, setting=setting)
 
 
 def bounds(setting: Setting = PLAIN) -> tuple[float, Row]:
-    """The least bits per byte that are possible, and the first row of the scorecard.
+    """The lowest possible bits per byte, and the first row of the scorecard.
 
-    That row has them, the valid stories of the world itself (all), and what guessing scores.
+    That row has this bound, the share of valid stories of the world itself (all of them), and what
+    guessing scores.
     """
     stories, valley, harbour = trials(setting)
     size = sum(len(s.text.encode()) for s in stories)
@@ -282,8 +285,8 @@ def score(name: str, model: nn.Module, tokenizer: Tokenizer, chat: nn.Module | N
           setting: Setting = PLAIN) -> Row:
     """One row of the scorecard: numbers, which table() formats.
 
-    chat: the model to win against (None, or the model itself: no wins to count); setting: of the
-    stories that the model learned from.
+    chat: the model to win against (None: no wins are counted); setting: that of the stories that
+    the model learned from.
     """
     stories, valley, harbour = trials(setting)
     bpb = bits_per_byte(model, [s.text for s in stories], tokenizer)

@@ -26,10 +26,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a base model is made. vocab_size is that of the tokenizer; parts: of the training, one
-    after another (none: it learns from texts, those of files); seed: of the first weights and the
-    order of batches; setting: how rich the stories are, and all that later stages ask and tell;
-    compiling: see arc.fit."""
+    """How a base model is made. model.vocab_size is also the size of the tokenizer; parts: those of
+    the training, in order (none: it learns from `texts`, pairs of a file's number and a document);
+    seed: of the initial weights and the order of batches; setting: how rich the stories are, here
+    and in later stages; compiling: see arc.fit."""
 
     model: LlamaConfig
     training: TrainConfig
@@ -49,7 +49,7 @@ class Recipe:
 class Tuning:
     """How a stage is made from the one before it. examples: dialogues, or questions whose answers
     become preference pairs; replay: how many of the examples of the stage before are mixed in;
-    seed: of the order of batches, the first weights of an adapter, and the sampled answers;
+    seed: of the order of batches, the initial weights of an adapter, and the sampled answers;
     compiling: see arc.fit."""
 
     training: TrainConfig
@@ -62,7 +62,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Size:
-    """The recipe of each stage; files: of a base model of the reader's own text."""
+    """The recipe of each stage; files: that of a base model of the user's own text files."""
 
     stories: Recipe
     files: Recipe
@@ -72,8 +72,9 @@ class Size:
     rlhf: Tuning
 
 
-# Drills first, and practice in the middle: before the stories, it kept some seeds from learning to
-# follow one. What was practiced is lost again unless some of it goes on. (Both found by trying.)
+# Drills come first, and practice in the middle: practice before any stories kept some seeds from
+# learning to follow one. Its effect is lost again unless some of it continues to the end. (We found
+# both by trial and error.)
 # Seed 1 is a lucky one: of nine, its base model writes the most valid stories (see README).
 STORIES = Recipe(
     LlamaConfig(vocab_size=896, dim=128, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=344,
@@ -82,8 +83,8 @@ STORIES = Recipe(
     batch_size=32, seed=1,
     parts=(Part(drills=9600), Part(stories=12_800), Part(practice=11_200),
            Part(practice=2640, stories=14_960)))
-# A file is read many times over, and there Muon learns it by heart (measured on Tiny Shakespeare):
-# plain AdamW.
+# A file is read many times over, and with Muon the model memorizes it (measured on Tiny
+# Shakespeare), so this is plain AdamW.
 FILES = replace(
     STORIES, model=replace(STORIES.model, vocab_size=1024, n_layers=4, max_seq_len=256), parts=(),
     batch_size=16, seed=0,
@@ -92,19 +93,19 @@ CHAT = Tuning(TrainConfig(steps=680, lr=6e-3, muon=0.7, warmup=20, min_lr=0.02),
               replay=1000, seed=1)
 LORA = Tuning(TrainConfig(steps=160, lr=1e-2, warmup=10, min_lr=0.02, weight_decay=0),
               examples=1920, replay=640)
-# float32: the loss is made of differences between sums over an answer, in which the rounding of
-# bfloat16 shows.
+# In float32, because the loss is made of differences between sums over an answer, in which the
+# rounding of bfloat16 shows.
 DPO = Tuning(TrainConfig(steps=110, lr=3.5e-5, warmup=5, weight_decay=0, precision="float32"),
              examples=900)
-# Each rollout is of answers to batch_size questions, stages.GROUP to each. With half as many
-# answers and a higher rate, more of them become text that is no answer.
+# A rollout has stages.GROUP answers to each of batch_size questions. With half as many answers and
+# a higher rate, more of them turn into text that is not an answer.
 RLHF = Tuning(TrainConfig(steps=20, lr=7e-5, warmup=5, weight_decay=0, precision="float32"),
               examples=900, batch_size=16)
 CPU = Size(STORIES, FILES, CHAT, LORA, DPO, RLHF)
 
 
 def widened(recipe: Recipe) -> Recipe:
-    """A recipe with a model of about seven times the parameters."""
+    """A recipe with a model of about eight times the parameters (FILES: seven times)."""
     model = replace(recipe.model, dim=288, n_layers=6, n_heads=6, n_kv_heads=6, hidden_dim=768)
     return replace(recipe, model=model)
 
@@ -118,9 +119,9 @@ def with_rate(recipe: Recipe | Tuning, lr: float) -> Recipe | Tuning:
 MEDIUM = Size(with_rate(widened(STORIES), 1.2e-2), widened(FILES), with_rate(CHAT, 2.5e-3), LORA,
               with_rate(DPO, 2e-5), with_rate(RLHF, 3e-5))
 
-# More of everything in a story, so that there is something to learn. The vocabulary stays: the
-# words of the world fill no larger one. Where a batch is long it comes in two halves, so that 8 GB
-# suffice.
+# More of everything in a story, so that a larger model has something to learn. The vocabulary keeps
+# its size, because the words of the world would not fill a larger one. Long batches are processed
+# in two halves (accumulate=2), so that 8 GB of GPU memory are enough.
 WIDE = LlamaConfig(vocab_size=896, dim=512, n_layers=8, n_heads=8, n_kv_heads=4, hidden_dim=1376,
                    max_seq_len=1024)
 GPU = Size(
@@ -155,7 +156,7 @@ def chosen() -> str:
     Raises ValueError if there is no such size."""
     name = os.environ.get("MINILLM_SIZE") or ("gpu" if torch.cuda.is_available() else "cpu")
     if name not in SIZES:
-        raise ValueError(f"MINILLM_SIZE={name}: there are the sizes {', '.join(SIZES)}")
+        raise ValueError(f"MINILLM_SIZE={name}: the sizes are {', '.join(SIZES)}")
     return name
 
 

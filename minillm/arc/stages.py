@@ -1,6 +1,6 @@
 """The stages of the model (base, chat, ...), and the function that makes each from the one before.
 
-Another stage is added here, with its settings in minillm/arc/sizes.py. With another `seed`, what is
+A new stage is added here, and its settings in minillm/arc/sizes.py. With another `seed`, what is
 random in training is drawn anew, in a stage and in those before it; the stories, dialogues and
 questions that the stages learn from and are scored on stay the same.
 """
@@ -36,11 +36,11 @@ from minillm.world.questions import exams, talk
 from minillm.world.stories import Story
 from minillm.world.templates import HARBOUR, VALLEY, Region
 
-# Those of the chat have their rows from the start, as LLaMA 3 has reserved ones, so that no later
-# stage must grow the model.
+# The tokens of the chat have their rows in the embedding from the start (LLaMA 3 reserves some,
+# too), so that no later stage has to grow the model.
 SPECIAL_TOKENS = (ENDOFTEXT, USER, ASSISTANT)
 BETA = 2.0                                # of DPO
-GROUP, UPDATES, PRICE = 8, 2, 0.1         # of RLHF: answers per question, steps per rollout, price
+GROUP, UPDATES, PRICE = 8, 2, 0.1         # of RLHF: answers per question, steps per rollout, beta
 
 
 def seeded(recipe: Recipe | Tuning, seed: int) -> Recipe | Tuning:
@@ -56,11 +56,11 @@ def base(bar: bool = True, seed: int = 0) -> Stage:
 
 
 def from_files(paths: list[str], bar: bool = True) -> Stage:
-    """A base model of the reader's own text files, 20,000 characters or more. Raises ValueError as
+    """A base model of the user's own text files, 20,000 characters or more. Raises ValueError as
     read_documents does, and for a text so monotonous that it becomes too few tokens.
 
-    A text of few different words fills a smaller vocabulary. The files are told apart by number, so
-    that the same text from another folder is the same stage."""
+    A text with few different words gets a smaller vocabulary. The files are told apart by number,
+    so that the same text from another folder is the same stage."""
     documents = read_documents(paths, least=20_000)
     numbers = {name: str(i) for i, name in enumerate(dict.fromkeys(name for name, _ in documents))}
     recipe = size().files
@@ -70,13 +70,13 @@ def from_files(paths: list[str], bar: bool = True) -> Stage:
     counts = count_pieces(texts, SPECIAL_TOKENS)
     merges = train_merges(counts, room)
     vocab_size = 256 + len(merges) + len(SPECIAL_TOKENS)
-    if counts.total() <= length:       # a pre-token may be many tokens, or one of 60,000 letters
+    if counts.total() <= length:       # a pre-token is one token or more: now count them
         vocab = dict(enumerate(merged_tokens(merges)))
         tokenizer = Tokenizer(vocab, merges, SPECIAL_TOKENS)
         n = sum(len(encode_document(text, tokenizer)) for text in texts)
         if n <= length:
             raise ValueError(f"{', '.join(numbers)}: the text repeats itself so much that all we "
-                             f"learn from becomes {n} tokens, and it takes more than {length}: "
+                             f"learn from becomes {n} tokens, and we need more than {length}: "
                              "give a text with more variety")
     recipe = replace(recipe, model=replace(recipe.model, vocab_size=vocab_size))
     return build("own", recipe, make_base, bar, heldout_texts=heldout_texts)
@@ -105,15 +105,15 @@ def dpo(bar: bool = True, seed: int = 0) -> Stage:
 
 def rlhf(bar: bool = True, seed: int = 0) -> Stage:
     """The chat model after reinforcement learning (PPO): its own answers to questions, graded by
-    the true reward, at a price for leaving the chat model."""
+    the true reward, with a penalty for moving away from the chat model."""
     recipe = seeded(size().rlhf, seed)
     code = ("reward", "rl", "generate", "fast_decode")
     return build("rlhf", recipe, make_rlhf, bar, chat(bar, seed), code)
 
 
 def int8(bar: bool = True, seed: int = 0) -> Stage:
-    """The dpo model with the linear layers of its blocks in 8 bits, one scale per row. Made anew
-    each time: it takes milliseconds."""
+    """The dpo model with the linear layers of its blocks in 8 bits, one scale per row. Made each
+    time and not cached, since it takes milliseconds."""
     stage = dpo(bar, seed)
     quantize_model(stage.model)
     return stage
@@ -180,11 +180,11 @@ class Curriculum:
 
 
 def curriculum(recipe: Recipe, stories: list[list[int]], tokenizer: Tokenizer) -> Curriculum:
-    """The batches of each part of a recipe, with the next of each kind of text."""
+    """The batches of each part of a recipe; each part takes the next texts of each kind."""
     encode = partial(encode_document, tokenizer=tokenizer)
     drills = map(encode, map(drill, range(recipe.total("drills"))))
     practiced = spread(partial(practice, setting=recipe.setting), range(recipe.total("practice")))
-    # Without <|endoftext|> before it, or the model, begun from nothing, would write quizzes.
+    # Practice has no <|endoftext|> before it, or the model would write quizzes from nothing.
     sources = {"drills": drills, "practice": (ids[1:] for ids in map(encode, practiced)),
                "stories": iter(stories)}
     parts = []
@@ -212,8 +212,8 @@ def make_base(recipe: Recipe, before: None, checkpoints: str, bar: bool) -> Stag
     torch.manual_seed(recipe.seed)
     model = Llama(recipe.model).to(device())
     if recipe.training.muon:
-        # Larger than the usual 0.02, or who has what is tracked less well; smaller than 1, or names
-        # are told apart later (both found by trying).
+        # With the usual 0.02 the model tracks less well who has what; with 1 it takes longer to
+        # tell names apart (we found both by trial and error).
         torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.3)
     if bar:
         rate = sum(len(text.encode()) for text in heldout) / tokens
@@ -228,7 +228,7 @@ def make_base(recipe: Recipe, before: None, checkpoints: str, bar: bool) -> Stag
 def make_chat(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stage:
     """The chat model, from the base model."""
     if bar:
-        print(f"\nChat: {recipe.examples:,} dialogues, of which the answers are learnt, and "
+        print(f"\nChat: {recipe.examples:,} dialogues, of which the answers are learned, and "
               f"{recipe.replay:,} stories from before.")
     # In the quizzes that the base model has practiced on, the answer follows the question mark.
     # With a random row instead, some runs do not learn to say "I don't know" about things.
@@ -239,7 +239,8 @@ def make_chat(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Sta
 
 def make_lora(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stage:
     """The chat model with an adapter for the harbour."""
-    # A is random: it should be the same whether the chat stage was built just now or loaded.
+    # A random matrix is drawn here: it should be the same whether the chat stage was built just now
+    # or loaded.
     torch.manual_seed(recipe.seed)
     add_lora(before.model, RANK, ALPHA)
     if bar:
@@ -279,7 +280,7 @@ def make_dpo(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stag
 
 def make_rlhf(recipe: Tuning, before: Stage, checkpoints: str, bar: bool) -> Stage:
     """Each step draws GROUP answers to each of batch_size questions, and makes the better ones more
-    likely. A run of half a minute keeps no checkpoints."""
+    likely. The run takes half a minute, so it keeps no checkpoints."""
     policy, asked = before.model, exams(recipe.examples, "train", setting=before.setting)
     t = recipe.training
     config = RLConfig(steps=t.steps, prompts=recipe.batch_size, answers=GROUP,

@@ -11,8 +11,8 @@ MODULES = {"generate": "generation", "quantize": "generation", "plot": "timing",
 
 
 def __getattr__(name: str) -> Any:
-    """bench.train and the others, imported when they are first asked for: with them comes torch,
-    which takes seconds."""
+    """bench.train and the others, imported when they are first asked for, because they import
+    torch, which takes seconds."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)

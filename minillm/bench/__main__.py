@@ -25,14 +25,14 @@ from minillm.bench.training import GPU_SHAPES, SHAPES, train
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    # SUPPRESS: what is not said again after the command stays as it was said before it.
+    # SUPPRESS: otherwise, the defaults after the command would replace options given before it.
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--rounds", type=int, metavar="N",
                         help="timed runs of each contender (default 10)")
     common.add_argument("--peers", type=Path, metavar="FOLDER",
                         help=f"folder with checkouts of others: {', '.join(CHECKOUTS)}")
     common.add_argument("--plot", type=Path, metavar="FILE.png",
-                        help="save a figure of the ratios there, too")
+                        help="also save a figure of the ratios")
     p = argparse.ArgumentParser(prog="python -m minillm.bench", description=__doc__,
                                 parents=[common])
     what = p.add_subparsers(dest="what", required=True)
@@ -42,16 +42,17 @@ def parser() -> argparse.ArgumentParser:
         q = what.add_parser(work.__name__, help=said, description=said, parents=[common])
         if shapes:
             q.add_argument("--shapes", nargs="+", metavar="SHAPE", default=None,
-                           help=f"which: of {', '.join(shapes)}")
+                           help=f"which to measure, of {', '.join(shapes)}")
         else:
-            q.add_argument("file", type=Path, help="a text in UTF-8, of 1 MB or more")
+            q.add_argument("file", type=Path, help="a UTF-8 text file of 1 MB or more")
         if work is train:
             q.add_argument("--compile", action="store_true",
-                           help="on a CPU: our step compiled, too (takes a minute a shape)")
+                           help="on a CPU: also our step compiled (a minute per shape)")
         q.set_defaults(work=work)
     said = stages.__doc__.split("\n\n")[0]
     q = what.add_parser("stages", help=said, description=said)
-    q.add_argument("--seeds", type=int, metavar="N", default=8, help="how many (default 8)")
+    q.add_argument("--seeds", type=int, metavar="N", default=8,
+                   help="number of seeds (default 8)")
     q.add_argument("--save", action="store_true",
                    help="keep the ranges: python -m minillm compares each run with them")
     said = "how much memory and time training takes on which GPU, predicted"
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: what cannot be measured ends it with one sentence on stderr and exit code 2."""
+    """The command. What cannot be measured ends it with a sentence on stderr and exit status 2."""
     terminal.ready()
     p = parser()
     try:
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(p: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
-    """What the command line asks for."""
+    """Do what the command line asks for."""
     options = p.parse_args(arguments)
 
     def refuse(error):
@@ -117,7 +118,7 @@ def train_stages(p: argparse.ArgumentParser, seeds: int, save: bool) -> None:
     try:
         stages(seeds, save, partial(print, flush=True))
     except KeyboardInterrupt:
-        p.exit(130, "\nStopped. Finished stages are kept: the same command goes on.\n")
+        p.exit(130, "\nStopped. Finished stages are kept: the same command continues.\n")
     except (ValueError, OSError) as error:           # Refused, or a cache that cannot be written
         p.exit(2, f"{p.prog}: error: {error}\n")
 

@@ -61,7 +61,7 @@ def memory_read(megabytes: int = 512) -> Ceiling:
 
 def measured(contenders: dict[str, Callable], rounds: int, ceilings: Collection[Ceiling],
              ) -> tuple[dict[str, list[float]], dict[str, float], str]:
-    """in_turns with Ceilings among the contenders, and some turns of theirs before and after.
+    """in_turns with Ceilings among the contenders, and EXTRA turns of theirs before and after.
 
     Returns the seconds of the contenders, the ceilings' best rates by name, and a line that states
     them.
@@ -97,9 +97,9 @@ def mfu(c: LlamaConfig, t: int, rate: float, ceiling: float) -> float:
 
 
 def bytes_a_token(c: LlamaConfig, bytes_a_weight: float = 4) -> float:
-    """Bytes of weights that a token of Llama(c), or a batch of them, reads.
+    """Bytes of weights that a step of generation with Llama(c) reads, whatever its batch.
 
-    All but the embedding, of which it reads rows only.
+    All but the embedding, of which only the rows of the tokens are read.
     """
     embedding = 0 if c.tie_embeddings else c.vocab_size * c.dim
     return bytes_a_weight * (count_parameters(c) - embedding)

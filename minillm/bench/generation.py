@@ -40,7 +40,7 @@ def talker(c: LlamaConfig) -> Llama:
 
 
 def prompt(c: LlamaConfig, rows: int) -> Tensor:
-    """Ids (rows, 8) to write on from, the same at each call."""
+    """Ids (rows, 8) to continue, the same at each call."""
     return torch.randint(c.vocab_size, (rows, 8), generator=torch.Generator().manual_seed(0))
 
 
@@ -48,11 +48,11 @@ def writing_table(title: str, c: LlamaConfig, ids: Tensor, n: int, contenders: d
                   rounds: int, widths: Mapping[str, float], reference: str | None = None,
                   programs: Mapping[str, Callable] | Collection = (),
                   left_out: Collection[str] = ()) -> Table:
-    """The Table of {name: function (ids, n)} that write n tokens after ids (b, 8).
+    """The Table of {name: function (ids, n) -> (b, 8 + n)} that write n tokens after ids (b, 8).
 
-    programs: the same for {name: function (n) -> seconds}. widths: {name: bytes per weight}, 4 if
-    not in it. reference: None for the fastest of the PyTorch peers. left_out: notes of
-    timing.working.
+    programs: contenders that time themselves, {name: function (n) -> seconds}. widths: {name: bytes
+    per weight}, 4 if not in it. reference: None for the fastest of the PyTorch peers. left_out:
+    notes of timing.working.
     """
     written = {who: work(ids, n)[:, ids.shape[1]:] for who, work in contenders.items()}
     first = next(iter(written))
@@ -80,12 +80,12 @@ def writing_table(title: str, c: LlamaConfig, ids: Tensor, n: int, contenders: d
 def generate(rounds: int = 10, peers: str | Path | None = None, shapes: Sequence[str] | None = None,
              batches: Sequence[int] = (1, 16), new_tokens: int = 64,
              show: Callable[[Table], Any] = lambda table: None) -> list[Table]:
-    """Greedy generation after a prompt of 8 tokens, with cache, batch 1 and 16, in float32 on a
-    CPU, at shapes S, M and L: tokens/s of all rows. The share of the memory rate counts the bytes
-    of the weights, read once for a token of each row; small ones come from a cache, and go beyond
-    it.
+    """Greedy generation after a prompt of 8 tokens, with a key-value cache, batch 1 and 16, in
+    float32 on a CPU, at shapes S, M and L: tokens/s of all rows. The share of the memory rate
+    counts the bytes of the weights, read once for a token of each row; small models come from the
+    CPU's cache, and may exceed that rate.
 
-    Returns a list of Tables; show(table) is called as each is done.
+    Returns a list of Tables; show(table) is called as each is done. Raises Refused as check does.
     """
     tables = []
     shapes, peers = chosen(TALKERS, rounds, peers, shapes)
@@ -111,7 +111,7 @@ def quantize(rounds: int = 10, peers: str | Path | None = None, shapes: Sequence
     """Greedy generation by models in int8, all linear layers, batch 1, beside float32, on a CPU, at
     shapes M and L: tokens/s.
 
-    Returns a list of Tables; show(table) is called as each is done.
+    Returns a list of Tables; show(table) is called as each is done. Raises Refused as check does.
     """
     tables = []
     shapes, peers = chosen(TALKERS, rounds, peers, shapes or ["M", "L"])

@@ -5,8 +5,8 @@
 The formulas follow the code, one function for each part. On a CPU that code is fast_train. On a GPU
 it is attention, layers and rope, one operation after another, as eager mode does, with SDPA's flash
 kernel, and under autocast where precision is "bf16". torch.compile keeps less, since it fuses norm,
-rope and SwiGLU and computes some of their tensors again in the backward pass, so that the
-prediction is an upper bound.
+rope and SwiGLU and computes some of their tensors again in the backward pass, so the prediction is
+an upper bound.
 
 Letters: b sequences of t tokens, d wide, f the hidden width of the feed-forward, h heads, g
 key-value heads, v the vocabulary. precision is "float32" or "bf16".
@@ -53,9 +53,9 @@ def saved_by_norm(b: int, t: int, d: int) -> int:
 
 
 def saved_inputs(b: int, t: int, d: int, products: int, precision: str) -> int:
-    """Bytes that the products which read a norm's result keep of it.
+    """Bytes of a norm's result that the matrix products which read it keep.
 
-    Autocast casts it again for each of them; in float32 they share one tensor.
+    Autocast casts it again for each of these products; in float32 they share one tensor.
     """
     return b * t * d * (products * 2 if precision == "bf16" else FLOAT)
 
@@ -98,9 +98,9 @@ def scores(t: int) -> int:
 def saved_by_hand(c: LlamaConfig, b: int, t: int, precision: str) -> int:
     """Bytes that one block of fast_train keeps, of its attention half and its feed-forward half.
 
-    Of each half the stream, the factors of the norm and the normed input; queries, keys and values
-    of all heads, and probabilities, in float32; the result of attention; gate and up. The joined
-    weights of queries, keys and values are a copy.
+    For each half, the stream, the factors of the norm and the normed input; queries, keys and
+    values of all heads, and probabilities, in float32; the result of attention; gate and up. The
+    joined weights of queries, keys and values are a copy.
     """
     halves = 2 * b * t * (c.dim * (FLOAT + width(precision)) + FLOAT)
     heads = 3 * b * t * c.dim * FLOAT + b * c.n_heads * scores(t) * FLOAT
@@ -143,8 +143,8 @@ def largest_temporaries(c: LlamaConfig, b: int, t: int, precision: str,
     """Bytes in the backward pass of the last block, above what is saved.
 
     Of modules (on a GPU): the gradients with respect to SwiGLU's product, silu and up, less the
-    product, which has gone; the gradient with respect to the stream, in float32 and as the products
-    take it.
+    product, which has been freed; the gradient with respect to the stream, in float32 and as the
+    products take it.
 
     By hand (on a CPU): silu of the gate, the gradients with respect to the product and the gate;
     those with respect to the result, the norm's result and the stream; those of the matrices of
@@ -183,10 +183,10 @@ def training_memory(config: LlamaConfig, batch: int, t: int, precision: str, dev
                     muon: bool = False, accumulate: int = 1) -> dict[str, int]:
     """Bytes of a training step of train() on (batch, t) tokens, as {use: bytes}.
 
-    "peak" is the most that is held at one time. It is in one of three moments: when the loss turns
-    (all activations and the loss, and no gradients yet, except those of the batches before where a
-    step accumulates several), when the backward pass enters the last block (the loss has gone), and
-    in the optimizer (all gradients, no activations).
+    "peak" is the most that is held at one time, at one of three moments: between forward and
+    backward (all activations and the loss, and no gradients yet, except those of earlier batches if
+    a step accumulates several), when the backward pass enters the last block (the loss is freed),
+    and in the optimizer (all gradients, no activations).
     """
     weights = count_parameters(config) * FLOAT
     use = {
@@ -209,7 +209,7 @@ def training_memory(config: LlamaConfig, batch: int, t: int, precision: str, dev
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations within make, as long as they are held.
+    """Counts the bytes of all tensors that operations inside the `with` make, while they are held.
 
     now: those held at this moment; most: the most that were held at one time.
     """
@@ -241,9 +241,9 @@ class Held(TorchDispatchMode):
 def peak_memory(work: Callable[[], Any], device: str | torch.device = "cpu") -> int:
     """The most bytes of tensors on the device that work() holds at one time.
 
-    work makes model and optimizer and takes two steps. On a GPU its allocator is asked, at the
-    second call of work: it sees what kernels need within, too, but not the CUDA context (some 500
-    MB) nor the workspaces that cuBLAS keeps from the first call. On a CPU the results of all
+    work makes model and optimizer and takes two steps. On a GPU, the allocator is asked about a
+    second call of work: it also sees what kernels allocate inside, but not the CUDA context (some
+    500 MB) nor the workspaces that cuBLAS keeps from the first call. On a CPU, the results of all
     operations are counted.
     """
     if torch.device(device).type == "cuda":
@@ -270,8 +270,8 @@ GPUS = {
 # Share of that peak that training reaches: an assumption, good for a compiled model and large
 # batches.
 MFU = 0.3
-# Share of the memory that stays free: for the CUDA context, the workspace of cuBLAS, and what falls
-# between blocks.
+# Share of the memory that stays free: for the CUDA context, the workspace of cuBLAS, and what is
+# lost between the blocks of the allocator.
 SPARE = 0.1
 SHAPES = [LlamaConfig(32000, dim, layers, heads, None, hidden, 1024, tie_embeddings=True)
           for dim, layers, heads, hidden in (
@@ -338,7 +338,7 @@ def presets(least: int = 4) -> list[dict[str, str]]:
 
 
 def recipe_rows(name: str = "gpu") -> list[dict[str, str]]:
-    """A row for base and chat of a size, from a sample of their texts and a tokenizer of it.
+    """A row for base and chat of a size, by a sample of their texts and a tokenizer trained on it.
 
     Tokens, the memory of a batch of the longest texts, and the minutes on each GPU that has that
     memory.

@@ -39,7 +39,7 @@ def module_at(path: Path) -> ModuleType:
 
 
 def package_in(folder: Path, name: str) -> ModuleType:
-    """The module `name`, with dots, of a package that lies in a folder."""
+    """The module `name`, with dots, of a package in a folder."""
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(name)
@@ -73,7 +73,7 @@ def litgpt(c: LlamaConfig) -> nn.Module:
 
 
 def llama2c(source: Path, c: LlamaConfig) -> nn.Module:
-    """The model of a checkout of llama2.c, which ties its embeddings: untied where ours are."""
+    """The model of a checkout of llama2.c, which ties its embeddings; untied here if ours are."""
     m = module_at(source / "model.py")
     model = m.Transformer(m.ModelArgs(
         dim=c.dim, n_layers=c.n_layers, n_heads=c.n_heads, n_kv_heads=c.n_kv_heads,
@@ -84,7 +84,7 @@ def llama2c(source: Path, c: LlamaConfig) -> nn.Module:
 
 
 def llama2c_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The loss of llama2.c's model, which keeps it."""
+    """The loss of llama2.c's model, which stores it in an attribute."""
     model(inputs, targets)
     return model.last_loss
 
@@ -149,7 +149,7 @@ class Peer:
     """A model by others.
 
     make(config) -> model; loss(model, inputs, targets) -> mean cross-entropy; is_llama: whether it
-    is the same model as ours, or only as large.
+    is the same architecture as ours, or only of about the same size.
     """
 
     make: Callable
@@ -158,7 +158,7 @@ class Peer:
 
 
 def training_peers(folder: Path | None = None) -> dict[str, Peer]:
-    """{name: Peer} of those that are installed, or lie in a folder of checkouts."""
+    """{name: Peer} of those that are installed, or are in a folder of checkouts."""
     plain = partial(logits_loss, lambda model, inputs: model(inputs))
     in_output = partial(logits_loss, lambda model, inputs: model(inputs).logits)
     uncached = partial(logits_loss, lambda model, inputs: model(inputs, use_cache=False).logits)
@@ -208,7 +208,7 @@ def greedy(model: nn.Module, ids: Tensor, n: int) -> Tensor:
 
 @torch.inference_mode()
 def litgpt_greedy(model: nn.Module, ids: Tensor, n: int) -> Tensor:
-    """The same by litgpt's model with its cache.
+    """The same as greedy, by litgpt's model with its key-value cache.
 
     (Its own loop for one prompt works like this; its loop for several does not shorten the cache.)
     """
@@ -264,7 +264,7 @@ Writer = Callable[[Tensor, int], Tensor]
 def writers(model: Llama, folder: Path | None = None) -> dict[str, Callable[[], Writer]]:
     """{name: make} of the peers that are there; make() is a function (ids (b, t), n) -> (b, t + n).
 
-    They are installed, or lie in the folder of checkouts. Each writes with its own key-value cache,
+    They are installed, or in the folder of checkouts. Each writes with its own key-value cache,
     greedily, in float32, with the weights of our Llama.
     """
     found = {"transformers": lambda: partial(greedy, with_weights_of(model))}
@@ -299,7 +299,7 @@ def torchao_int8(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def int8_writers(peer: nn.Module, dtype: torch.dtype) -> dict[str, Callable[[], Writer]]:
     """{name: make}, as in writers, of transformers' model in int8 by others.
 
-    dtype: of what torchao keeps in floats.
+    dtype: the type of what torchao does not quantize.
     """
     found = {"transformers, dynamic int8": lambda: partial(greedy, dynamic_int8(peer))}
     if installed("torchao"):
@@ -327,7 +327,7 @@ def c_program(source: Path, name: str, c: LlamaConfig, work: Path) -> Callable[[
     """
     export, model = package_in(source, "export"), llama2c(source, c)
     for layer in (model.tok_embeddings, model.output):
-        # Of the token that ends a text: with random weights it might be the first to be written.
+        # Token 1 ends a text, and with random weights it might be the first to be written.
         layer.weight.data[1] = 0
     write = {"run": export.legacy_export, "runq": export.version2_export}[name]
     with contextlib.redirect_stdout(None):
@@ -340,7 +340,7 @@ def c_program(source: Path, name: str, c: LlamaConfig, work: Path) -> Callable[[
 
 
 def c_seconds(call: list, tokens: int) -> float:
-    """The seconds in which a program of llama2.c writes so many tokens, by its own clock."""
+    """The seconds that a program of llama2.c takes to write so many tokens, by its own clock."""
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([*call, "-n", str(tokens)], check=True, capture_output=True, text=True,
                           errors="replace", env=os.environ | threads)
@@ -348,7 +348,7 @@ def c_seconds(call: list, tokens: int) -> float:
 
 
 def rust_tokenizer(text: str, vocab_size: int) -> tokenizers.Tokenizer:
-    """The same training by Hugging Face's tokenizers, in Rust."""
+    """A tokenizer like ours, trained on the text by Hugging Face's tokenizers (Rust)."""
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
     t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
@@ -371,7 +371,7 @@ def minbpe(folder: Path | None) -> Callable[[], Any] | None:
 
 
 def minbpe_like(folder: Path | None, ours: Tokenizer) -> Any:
-    """minbpe's tokenizer with the merges of ours, or None."""
+    """minbpe's tokenizer with the merges of ours; None if the folder has no minbpe."""
     make = minbpe(folder)
     if make is None:
         return None

@@ -22,7 +22,7 @@ def stages(seeds: int = 8, save: bool = False,
     as it is scored, and with a table of each stage at the end. save: write the ranges, with which
     `python -m minillm` compares a run, to minillm/arc/ranges.json. Finished stages are in the
     cache. Raises Refused, before any training, for fewer than two seeds and for a file that cannot
-    be written; ValueError and OSError as cache.build.
+    be written; ValueError and OSError as cache.build does.
     """
     check(seeds, save)
     size = sizes.chosen()
@@ -60,7 +60,7 @@ def score_all(seed: int, show: Callable[[str], Any]) -> list[Row]:
         if name == "chat":
             chat = stage.model                # which later stages are compared with
         rows.append(row)
-        # int8 is not trained: its history is that of dpo. That of rlhf has no seconds.
+        # int8 is not trained: its history is that of dpo. The history of rlhf has no seconds.
         seconds = None if name == "int8" else stage.history[-1].get("seconds")
         trained = "" if seconds is None else f", {seconds:.0f} s of training"
         show(f"seed {seed}, {name}{trained}: {figures(row)}")
@@ -74,7 +74,7 @@ def figures(row: Row) -> str:
 
 
 def tables(runs: list[list[Row]]) -> list[str]:
-    """Of each stage a table, with a line for the mean, the deviation, and so on."""
+    """A table for each stage, with rows for the mean, standard deviation, minimum and maximum."""
     texts = []
     for stage, columns in ranges.spreads(runs).items():
         rows = []

@@ -17,11 +17,11 @@ from minillm.storage.files import replacing
 
 def working(makers: Mapping[str, Callable[[], Any]],
             *trial: Any) -> tuple[dict[str, Any], list[str]]:
-    """{name: make()} of those of {name: make} that work, and a note about each that does not.
+    """{name: make()} for each of {name: make} that works, and a note about each that does not.
 
     What others wrote may fail in any way (a checkout that is incomplete, another version of a
-    library), and the comparison goes on without it; an error of ours is raised. trial: if it is
-    given, what was made is also called once with these arguments.
+    library), and the comparison goes on without it. An error of ours, whose name begins with
+    minillm, is raised. trial: if given, what was made is also called once with these arguments.
     """
     made, notes = {}, []
     for name, make in makers.items():
@@ -65,8 +65,8 @@ def in_turns(contenders: dict[str, Callable], rounds: int) -> dict[str, list[flo
 class Row:
     """A contender in a Table.
 
-    Its rate by the median of the turns, the ratio of its median to the reference's, the lowest and
-    the highest ratio of a turn, and further columns as {heading: text}.
+    Its rate at the median time of its turns; the ratio of the reference's median time to its own;
+    the lowest and the highest ratio of a turn; and further columns as {heading: text}.
     """
 
     name: str
@@ -133,8 +133,8 @@ def plot(tables: Sequence[Table], path: str | Path | None = None) -> Figure:
     """A figure with a panel for each Table.
 
     Bars show the ratios of medians, lines reach from the lowest to the highest turn, and rates are
-    written beside them. path: also save it there, as the kind of picture that the name ends in; the
-    file is whole or not there.
+    written beside them. path: also save it there, in the format that its suffix names; an error
+    leaves no partial file.
     """
     heights = [1.3 + 0.3 * len(t.rows) for t in tables]
     figure = Figure(figsize=(9, sum(heights)), layout="constrained")
@@ -153,7 +153,7 @@ def draw(axes: Axes, t: Table) -> None:
     """One panel of plot."""
     ratios = [row.ratio for row in t.rows]
     ours = [row.name.startswith("minillm") for row in t.rows]
-    # 0 where all turns lie on one side of the ratio of medians, which may happen
+    # 0 if all turns are on one side of the ratio of medians, which may happen
     below = [max(0, row.ratio - row.low) for row in t.rows]
     above = [max(0, row.high - row.ratio) for row in t.rows]
     axes.barh([row.name for row in t.rows], ratios, xerr=[below, above],

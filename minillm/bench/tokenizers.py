@@ -11,7 +11,7 @@ from minillm.tokenizer import Tokenizer
 
 
 def read(file: str | Path) -> str:
-    """The text of a file. Raises Refused if it is not there or no text."""
+    """The text of a file. Raises Refused if it does not exist or is not text."""
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -34,11 +34,11 @@ def once(work: Callable[[str], Any], text: str, cut: int) -> float:
 def tokenize(file: str | Path, rounds: int = 10, peers: str | Path | None = None,
              vocab_sizes: tuple[int, int] = (1024, 4096), cut: int = 50_000,
              show: Callable[[Table], Any] = lambda table: None) -> list[Table]:
-    """Training a tokenizer of 1,024 tokens on a text file, and encoding that file by one of 4,096:
+    """Training a tokenizer of 1,024 tokens on a text file, and encoding the file with one of 4,096:
     MB/s. minbpe, which takes minutes to train on 1 MB, works on the first 50,000 characters, once.
 
-    Returns the two Tables; show(table) is called as each is done. Raises Refused for a file that is
-    no text or too small.
+    Returns the two Tables; show(table) is called as each is done. Raises Refused as check does,
+    and for a file that is not text or is too small.
     """
     check(rounds, peers)
     text, name = read(file), Path(file).name
@@ -58,7 +58,7 @@ def tokenize(file: str | Path, rounds: int = 10, peers: str | Path | None = None
 
 def by_minbpe(peers: Path | None, work: Callable[[], float],
               cut: int) -> tuple[dict[str, list[float]], list[str]]:
-    """{"minbpe": [seconds]} of a work that times itself, and a note; nothing if it is not there."""
+    """{"minbpe": [seconds]} of a work that times itself, and notes; both empty without minbpe."""
     if not peers or not (peers / "minbpe").is_dir():
         return {}, []
     seconds, left_out = working({"minbpe": work})
@@ -85,7 +85,7 @@ def training(text: str, name: str, vocab_size: int, rounds: int, peers: Path | N
 
 def encoding(text: str, name: str, ours: Tokenizer, rounds: int, peers: Path | None,
              cut: int) -> Table:
-    """The Table of encoding by the tokenizer `ours` and by others of as many tokens.
+    """The Table of encoding by the tokenizer `ours` and by others with as many tokens.
 
     peers: a folder of checkouts, or None.
     """

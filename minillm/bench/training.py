@@ -26,7 +26,7 @@ GPU_SHAPES = {
     for name, dim, layers, heads, hidden in (
         ("15M", 288, 6, 6, 768), ("42M", 512, 8, 8, 1376), ("110M", 768, 12, 12, 2048))}
 GPU_ROWS = {"15M": 64, "42M": 48, "110M": 32}
-STEPS = 10                                     # of a turn on a GPU, where one is too short to time
+STEPS = 10                                     # per turn on a GPU, where one is too short to time
 GPU_PEERS = ("transformers", "nanoGPT")        # each is compiled, which takes most of a minute
 
 
@@ -73,8 +73,8 @@ def contenders(c: LlamaConfig, inputs: Tensor, targets: Tensor, peers: Path | No
 
 
 def ready(make: Callable, on_gpu: bool) -> tuple[Callable, float | None]:
-    """make(), warm, and the peak of its memory in GB, all else that lies on the GPU left out; None
-    on a CPU."""
+    """make(), warmed up, and its peak memory in GB (10^9 bytes) without what else is on the GPU;
+    None on a CPU."""
     before = torch.cuda.memory_allocated() if on_gpu else 0
     step = make()
     step()                               # compiles, which takes memory of its own
@@ -93,8 +93,8 @@ def several(step: Callable, n: int) -> None:
 
 def batch_of(name: str, c: LlamaConfig, device: torch.device,
              on_gpu: bool) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64 (rows, c.max_seq_len), of random tokens: 16 rows, or on a GPU those
-    of GPU_ROWS, a quarter below 40 GB."""
+    """Inputs and targets, int64 (rows, c.max_seq_len), of random tokens: 16 rows, or on a GPU
+    GPU_ROWS[name], and a quarter of that if it has less than 40 GB."""
     rows = GPU_ROWS[name] if on_gpu else 16
     if on_gpu and torch.cuda.get_device_properties(0).total_memory < 40e9:
         rows //= 4
@@ -146,8 +146,9 @@ def train(rounds: int = 10, peers: str | Path | None = None, shapes: list[str] |
 
     Returns a list of Tables, one per shape; show(table) is called as each is done. The ratio is to
     the fastest peer with LLaMA's block. MFU counts the FLOPs of our shape, for nanoGPT, too. Peak
-    memory is that of a contender by itself. On a CPU memory is kept for all of them (keep_memory),
-    or where it lies would decide. Raises Refused as check."""
+    memory is that of a contender by itself. On a CPU, freed memory is kept for all of them
+    (keep_memory); otherwise, the address that a tensor happens to get would decide. Raises Refused
+    as check does."""
     tables = []
     keep_memory()
     on_gpu = place()[1]
@@ -156,6 +157,6 @@ def train(rounds: int = 10, peers: str | Path | None = None, shapes: list[str] |
         tables.append(train_shape(name, c, rounds, peers, compiling))
         show(tables[-1])
         if compiling or on_gpu:
-            # Or the next shape would be taken for one of changing size, and compiled as such.
+            # Otherwise, the next shape would be compiled for dynamic sizes.
             torch.compiler.reset()
     return tables

@@ -1,1 +1,1 @@
-"""The course's own tools: checks of exercises, and the exporter that writes notebooks' modules."""
+"""The course's own tools: the export of modules, exercises and their checks, and the book."""

@@ -151,7 +151,7 @@ def build(folder: Path, address: str = "", root: Path = ROOT) -> int:
             app = Sphinx(source, None, target, scratch / "doctrees", "html",
                          SETTINGS | {"html_theme_options": theme}, status=None, warning=warnings)
             app.build()
-        (target / ".buildinfo").unlink()              # for building again in place, as we never do
+        (target / ".buildinfo").unlink()              # for rebuilding in place, which we never do
         problems = [re.sub("\x1b\\[[0-9;]*m", "", line).replace(f"{source}/", "")
                     for line in warnings.getvalue().splitlines() if line.strip()]
         problems += broken_links(target)

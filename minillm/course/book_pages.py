@@ -40,9 +40,9 @@ class ModulePage(Parser):
 
 
 def mathml(writer: HTML5Translator, node: nodes.Node, block: bool) -> None:
-    """Put a formula into the page. What cannot be translated is a warning, which stops the book."""
+    """Put a formula into the page. If it cannot be translated, a warning stops the book."""
     tex = node.astext()
-    # (docutils knows \bigl( and \bigr), but not \big, whose side is that of the parenthesis)
+    # (docutils knows \bigl( and \bigr), but not \big: give it the side of its parenthesis)
     tex = re.sub(r"\\([bB]ig)(?=[(\[])", r"\\\1l", tex)
     tex = re.sub(r"\\([bB]ig)(?=[)\]])", r"\\\1r", tex)
     try:

@@ -51,10 +51,10 @@ SWITCHED_OFF = "derive it on paper: autograd is switched off here"
 
 
 class _OnPaper(TorchDispatchMode):
-    """Is called for each operation of PyTorch."""
+    """Refuses any operation while autograd is on, and those that are PyTorch's own derivatives."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        # torch.func leaves the inference mode, and so does whoever switches autograd on again
+        # torch.func leaves inference mode, and so does an answer that switches autograd on again
         assert torch.is_inference_mode_enabled(), SWITCHED_OFF
         assert "backward" not in operation.name(), \
             f"{operation.name()} is PyTorch's derivative: derive your own on paper"

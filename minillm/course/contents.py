@@ -5,8 +5,8 @@
     python -m minillm.course.contents notebooks/09_scaling.ipynb ...
         run these chapters first, and store how long they take
 
-Everything comes from the notebooks, except the seconds that a chapter runs: these were measured on
-two cores, with the trained stages in the cache, and are stored in seconds.json.
+Everything comes from the notebooks, except the seconds that a chapter takes to run: these were
+measured on two cores, with the trained stages in the cache, and are stored in seconds.json.
 """
 import json
 import re
@@ -35,7 +35,7 @@ END = "<!-- chapters end -->"
 
 @dataclass
 class Chapter:
-    """What is known of a notebook of notebooks/."""
+    """What the table says about a notebook in notebooks/."""
     name: str                   # "03_positions"
     title: str                  # "Positions"
     modules: list[str]          # that it exports, without .py
@@ -56,12 +56,15 @@ class Chapter:
 
     @property
     def minutes(self) -> int:
-        """To read it, to the next ten: 200 words, or 20 lines of code, per minute."""
+        """To read it, to the nearest ten: 200 words, or 20 lines of code, per minute."""
         return 10 * round((self.words / 200 + self.lines / 20) / 10)
 
 
 def chapter(path: Path, seconds: dict[str, int]) -> Chapter:
-    """The chapter in this notebook; seconds: how long chapters run, by name."""
+    """The chapter in this notebook; seconds: how long chapters take to run, by name.
+
+    Raises ValueError if its first line is not a title such as `# 03 Positions`.
+    """
     cells = nbformat.read(path, as_version=4).cells
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
@@ -102,7 +105,7 @@ def needed(course: list[Chapter]) -> dict[str, list[Chapter]]:
 
 
 def address(root: Path = ROOT) -> str:
-    """Of the repository on GitHub, as pyproject.toml has it, or "" while it has none."""
+    """The address of the repository on GitHub that pyproject.toml names, "" if it names none."""
     with open(root / "pyproject.toml", "rb") as file:
         return tomllib.load(file)["project"].get("urls", {}).get("Repository", "")
 
@@ -110,7 +113,7 @@ def address(root: Path = ROOT) -> str:
 def table(course: list[Chapter], address: str = "", root: Path = ROOT) -> str:
     """The table of chapters in Markdown, with links from the top folder of the course.
 
-    With the address of the repository, also links that open a chapter in Colab, and all of it in a
+    With the address of the repository, also links that open a chapter in Colab, and the course in a
     codespace.
     """
     heads = ["", "chapter", "builds", "needs", "read", "run", "exercises"]
@@ -146,7 +149,7 @@ def row(cells: list[str]) -> str:
 
 
 def duration(seconds: int) -> str:
-    """About how long: to the next ten seconds or, from 100 seconds on, half minute.
+    """About how long: to the nearest ten seconds or, from 95 seconds on, the nearest half minute.
 
     >>> duration(4), duration(83), duration(117)
     ('10&nbsp;s', '80&nbsp;s', '2&nbsp;min')
@@ -168,7 +171,7 @@ def with_table(readme: str, table: str) -> str:
 
 
 def measure(path: Path) -> int:
-    """Run a chapter, without changing its file: the seconds that it took."""
+    """Run a chapter, without changing its file; returns the seconds that it took."""
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)

@@ -5,7 +5,7 @@
     python -m minillm.course.exercise solutions/03_positions.ipynb [exercises]
         only this one
 
-A notebook of solutions holds, for each exercise, an answer cell (the answer stands between
+A notebook of solutions holds, for each exercise, an answer cell (the answer is between
 `### BEGIN SOLUTION` and `### END SOLUTION`), then a check cell (`with exercise("03.1 rotate"):`),
 then cells tagged `mistakes`.
 """
@@ -30,7 +30,7 @@ CHECK = re.compile(r"^with exercise\(\s*[\"'](.*?)[\"']\s*\)", re.M)
 
 @contextmanager
 def exercise(name: str) -> Iterator[None]:
-    """Print how the exercise that the body of this `with` checks stands.
+    """Print whether the exercise that the body of this `with` checks is solved.
 
     A failing body does not stop the notebook. While nbgrader grades (it sets NBGRADER_EXECUTION), a
     failing body raises instead, and so scores no points.
@@ -172,7 +172,7 @@ def strip(notebook: NotebookNode) -> NotebookNode:
 
 
 def without_outputs(notebook: NotebookNode) -> list[tuple]:
-    """What a notebook says, whether it was run or not.
+    """What a notebook contains, whether it was run or not.
 
     The id, kind, source and metadata of each cell.
     """
@@ -207,7 +207,7 @@ def generate(solution: str | Path, folder: str | Path) -> bool:
         if without_outputs(there) == without_outputs(blank):
             return False
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A line is not split in two because its parts arrived one after the other.
+    # coalesce_streams: otherwise, a line whose parts arrive separately is stored in two pieces.
     NotebookClient(blank, kernel_name="python3", timeout=600, record_timing=False,
                    coalesce_streams=True,
                    resources={"metadata": {"path": str(target.parent)}}).execute()

@@ -30,7 +30,7 @@ def write_modules(notebook: str | Path, folder: str | Path = "minillm") -> list[
     NBProcessor(notebook, found).process()
     if ("#" in found.in_all) != hasattr(found, "default_exp"):
         raise ValueError(f"{Path(notebook).name}: `#| default_exp NAME` names the module of the "
-                         "cells that begin with `#| export`; one has no other")
+                         "cells that begin with `#| export`: it needs both, or neither")
     names = {module: found.default_exp if module == "#" else module for module in found.in_all}
     for module, name in names.items():
         cells = found.modules[module]

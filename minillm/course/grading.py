@@ -1,6 +1,6 @@
 """The copy of an exercise notebook that is graded: as handed out, with the answers of a student.
 
-What it guards against, and what not, stands in README, "For teachers".
+README, "For teachers", says what it guards against, and what it does not.
 """
 import copy
 
@@ -10,11 +10,12 @@ from minillm.course.exercise import CHECK
 
 
 def clean_copy(submitted: NotebookNode, released: NotebookNode) -> NotebookNode:
-    """The notebook `released` with the answers of `submitted`, and nothing else of it.
+    """The notebook `released` with the answers of `submitted`, and nothing else from it.
 
-    An answer is what stands in an answer cell (of several with one name, in the last). A check runs
-    under `if "03.1 rotate":` in place of `with exercise("03.1 rotate"):`, so that a failing one
-    raises whatever `exercise` is by then. A missing answer stays blank.
+    An answer is the source of an answer cell (the last one, if several have the same name). A check
+    runs under `if "03.1 rotate":` in place of `with exercise("03.1 rotate"):`, so that a check that
+    fails raises its error, even if a student has redefined `exercise`. A missing answer stays
+    blank.
     """
     answers = {}
     for cell in submitted.cells:

@@ -18,7 +18,7 @@ PANELS = {                      # a column of the scorecard: the title of its pa
 def scorecard(text: str) -> dict[str, dict[str, float]]:
     """The scorecard in a text: {stage: {column: number}}. A blank is left out.
 
-    Columns are aligned at the right. Raises ValueError if the text holds none.
+    Columns are aligned at the right. Raises ValueError if the text holds no scorecard.
 
     >>> scorecard('stage  gap  wins\\n base  2.9%\\nchat  4.6%   50%')
     {'base': {'gap': 2.9}, 'chat': {'gap': 4.6, 'wins': 50.0}}

@@ -1,8 +1,8 @@
-"""A chat page, and an endpoint like OpenAI's beside it. Written by hand; chapter 19 presents it.
+"""A chat page and, beside it, an endpoint like OpenAI's: `python -m minillm serve`.
 
-One thread generates. When its client has taken the last bit of text, an answer asks that thread for
-one more bit. So answers take turns, a client that reads slowly holds up nobody, and one that has
-gone costs nothing more.
+One thread generates. An answer asks that thread for its next bit of text when its client has taken
+the last one. So answers take turns, a client that reads slowly holds up nobody, and one that has
+disconnected costs nothing more.
 """
 import asyncio
 import ipaddress
@@ -32,8 +32,8 @@ from minillm.model import Llama
 from minillm.sft import answer_room, control_ids, encode_prompt
 from minillm.tokenizer import Tokenizer
 
-BODY = 2**20       # bytes of a request
-BUSY = 64          # requests at a time, because an answer holds a key-value cache until it is taken
+BODY = 2**20       # the most bytes of a request's body
+BUSY = 64          # most requests at a time: an answer holds a key-value cache until it is taken
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def short_texts(texts: list) -> bool:
 
 
 COUNT = Field((int,), "a whole number from 1", fits=lambda n: n >= 1)
-# for what would have no effect; some clients send it with a value that asks for nothing
-NO_EFFECT = Field((bool, list, dict, int, float, str), "left out, it has no effect here",
+# For fields that would have no effect: some clients send them, with values that ask for nothing.
+NO_EFFECT = Field((bool, list, dict, int, float, str), "left out (it has no effect here)",
                   fits=lambda value: not value or value in ({"type": "text"}, ["text"], "none"))
 
-# Every field that a request may have, but for those of IGNORED. Any other is refused.
+# Every field that a request may have, except those in IGNORED. Any other is refused.
 FIELDS = {
     "model": Field((str,), "the id of a model, see /v1/models", fits=bool, required=True),
     "messages": Field((list,), 'a list of {"role": ..., "content": ...}', fits=bool, required=True),
@@ -70,12 +70,12 @@ FIELDS = {
     "temperature": Field((int, float), "0 or a number from 0.001 to 2",
                          fits=lambda t: t == 0 or 0.001 <= t <= 2, default=1.0),
     "top_p": Field((int, float), "a number from 0.001 to 1", fits=lambda p: 0.001 <= p <= 1),
-    # not OpenAI's, but many clients send them to servers like this one
+    # These three are not OpenAI's, but many clients send them to servers like this one.
     "top_k": COUNT,
     "min_p": Field((int, float), "a number from 0 to 1", fits=lambda p: 0 <= p <= 1),
     "repetition_penalty": Field((int, float), "a number from 0.1 to 10",
                                 fits=lambda x: 0.1 <= x <= 10, default=1.0),
-    "seed": Field((int,), "a whole number of 64 bits", fits=lambda n: -2**63 <= n < 2**63),
+    "seed": Field((int,), "a 64-bit integer", fits=lambda n: -2**63 <= n < 2**63),
     "stop": Field((list,), "up to 4 texts of 1 to 100 characters", fits=short_texts, default=[]),
     "tools": NO_EFFECT,
     "functions": NO_EFFECT,
@@ -89,17 +89,17 @@ FIELDS = {
     "reasoning_effort": NO_EFFECT,
 }
 
-# What changes no answer: notes and accounts of OpenAI's, and choices among tools, of which there
-# are none.
+# Fields that change no answer: OpenAI's bookkeeping, and choices among tools, of which there are
+# none.
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
            "prompt_cache_retention", "tool_choice", "function_call", "parallel_tool_calls")
-# of a message; several clients always send the name of the user
+# The same in a message: several clients always send the name of the user.
 IGNORED_IN_MESSAGES = ("name",)
 SILENCE = "..."    # stands for an empty answer in the dialogue that follows
 
 
 class Refusal(HTTPException):
-    """An error that the client reads, with the field that is to blame and a code, as OpenAI's."""
+    """An error for the client to read, with the field to blame and a code, as OpenAI's have."""
 
     def __init__(self, status: int, message: str, param: str | None = None,
                  code: str | None = None) -> None:
@@ -108,15 +108,15 @@ class Refusal(HTTPException):
 
 
 def error_json(request: Request | None, error: Exception) -> JSONResponse:
-    """The answer to an HTTPException, in OpenAI's form.
+    """The response to an error, in OpenAI's form.
 
-    Of any other error the client learns nothing, because the server's log has it.
+    Unless it is an HTTPException, the client only learns that the server failed: the log says why.
     """
     if not isinstance(error, HTTPException):
         error = Refusal(500, "the server failed: its log says why")
     kind, headers = "invalid_request_error", error.headers
     if error.status_code >= 500:
-        # uvicorn closes the connection then, so the client must not use it again
+        # uvicorn closes the connection after these, so the client must not use it again
         kind, headers = "server_error", {"connection": "close"}
     about = {"message": error.detail, "type": kind,
              "param": getattr(error, "param", None), "code": getattr(error, "code", None)}
@@ -124,9 +124,10 @@ def error_json(request: Request | None, error: Exception) -> JSONResponse:
 
 
 def foreign(headers: Mapping[str, str], names: Iterable[str]) -> Refusal | None:
-    """A Refusal if a web page from elsewhere asks.
+    """A Refusal if the request comes from a web page of another site, else None.
 
-    Its Origin says so, or its Host, a name that may be pointed at this machine (DNS rebinding).
+    Its Origin shows that, or its Host: a name that is not in `names`, and is not an IP address, may
+    have been pointed at this machine by that site (DNS rebinding).
     """
     host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
     try:
@@ -134,7 +135,7 @@ def foreign(headers: Mapping[str, str], names: Iterable[str]) -> Refusal | None:
         if name not in names:
             ipaddress.ip_address(name)      # ValueError if it is not an address either
     except ValueError:
-        return Refusal(403, f"{host!r:.80} is not this server: open it by its IP address",
+        return Refusal(403, f"{host!r:.80} is not a name of this server: open it by its IP address",
                        code="host_not_allowed")
     if origin and origin.partition("://")[2] != host:
         return Refusal(403, f"a page of {origin!r:.80} may not use this server",
@@ -144,8 +145,8 @@ def foreign(headers: Mapping[str, str], names: Iterable[str]) -> Refusal | None:
 async def read_json(request: Request) -> Any:
     """The JSON value of the body.
 
-    What is too much of the body is read and forgotten, because a client that cannot send all of it
-    may not see the Refusal.
+    The rest of a body that is too long is read and discarded, because a client that cannot send all
+    of it may not see the Refusal. Raises Refusal for such a body, and for one that is not JSON.
     """
     body = b""
     async for part in request.stream():
@@ -193,8 +194,8 @@ def read_message(message: Any, place: str) -> Any:
     """A message as our template takes it.
 
     Several texts, as some clients send them, become one; an answer that was empty becomes SILENCE,
-    so that a client may send back whatever it got. What else is wrong is left to the template.
-    Raises ValueError, naming the place, for a key that would have no effect.
+    so that a client may send back whatever it got. Other faults are left to the template. Raises
+    ValueError, naming the place, for a key that would have no effect.
     """
     if not isinstance(message, dict):
         return message
@@ -215,7 +216,7 @@ def read_prompt(messages: list, model: Llama, tokenizer: Tokenizer) -> tuple[lis
     """Ids of a dialogue, and how many tokens its answer may have.
 
     Raises Refusal for what the template cannot express. A system message is refused, too: the model
-    has not learned to obey one, and to drop it silently would be to answer something else.
+    has not learned to obey one, and dropping it silently would answer a different dialogue.
     """
     code = None
     try:
@@ -224,22 +225,22 @@ def read_prompt(messages: list, model: Llama, tokenizer: Tokenizer) -> tuple[lis
         code = "context_length_exceeded"
         return ids, answer_room(ids, model)
     except (ValueError, TypeError) as error:
-        tokenizer.cache.clear()        # or long words that were refused would fill the memory
+        tokenizer.cache.clear()        # otherwise, refused long words would fill the memory
         raise Refusal(400, str(error), "messages", code) from None
 
 
 def begun(text: str, stops: list[str]) -> int:
-    """How many characters at the end of a text may become a string of `stops`."""
+    """How many characters at the end of a text may be the beginning of a string in `stops`."""
     lengths = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
     return max(lengths, default=0)
 
 
 def answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], limit: int,
            fields: dict[str, Any]) -> Iterator[str | tuple[str, dict[str, int]]]:
-    """Yield an answer of at most `limit` tokens as text, bit by bit, "" too.
+    """Yield an answer of at most `limit` tokens as text, bit by bit (a bit may be "").
 
-    Last comes why it ended, with its usage. A special token ends it, or a string of `stop`, which
-    is not part of its text: what may become such a string waits until that is known.
+    The last item is (finish_reason, usage). A special token ends the answer, or a string of `stop`,
+    which is not part of its text: what may become such a string waits until that is known.
     """
     special = set(tokenizer.special_tokens.values())
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
@@ -272,7 +273,7 @@ def answer(model: Llama, tokenizer: Tokenizer, prompt: list[int], limit: int,
 
 async def stream(head: dict, event: str | tuple, take: Callable[[], Awaitable],
                  with_usage: bool | None) -> AsyncIterator[str]:
-    """The server-sent events of an answer: `event` is its first bit, take() brings the next."""
+    """The server-sent events of an answer: `event` is its first bit, and take() brings the next."""
     def chunk(*choices, usage=None):
         data = head | {"object": "chat.completion.chunk", "choices": choices, "usage": usage}
         return f"data: {json.dumps(data)}\n\n"
@@ -291,7 +292,7 @@ async def stream(head: dict, event: str | tuple, take: Callable[[], Awaitable],
         if with_usage:
             yield chunk(usage=usage)
         yield "data: [DONE]\n\n"
-    except Exception as error:      # it is too late for a status; the handler writes the log
+    except Exception as error:      # it is too late for an error status; this handler logs it
         asyncio.get_running_loop().call_exception_handler(
             {"message": "an answer broke off", "exception": error})
         yield f"data: {error_json(None, error).body.decode()}\n\n"
@@ -301,7 +302,9 @@ def application(model: Llama, tokenizer: Tokenizer, name: str,
                 host: str = "127.0.0.1") -> Callable[..., Awaitable[None]]:
     """The server as an ASGI application.
 
-    Raises ValueError if the tokenizer lacks a token of the chat template.
+    name: the id of the model. host: the name by which requests may reach the server, besides
+    localhost and IP addresses. Raises ValueError if the tokenizer lacks a token of the chat
+    template.
     """
     control_ids(tokenizer)
     worker = ThreadPoolExecutor(1)
@@ -335,7 +338,7 @@ def application(model: Llama, tokenizer: Tokenizer, name: str,
         take = partial(asyncio.get_running_loop().run_in_executor, worker, next, bits)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
                 "model": name}
-        event = await take()      # an error up to here has a status of its own
+        event = await take()      # an error up to here still gets a status of its own
         if fields["stream"]:
             lines = stream(head, event, take, fields["stream_options"].get("include_usage"))
             return StreamingResponse(lines, media_type="text/event-stream",
@@ -398,7 +401,7 @@ def serve(listener: socket.socket, model: Llama, tokenizer: Tokenizer, name: str
     app = application(model, tokenizer, name, host)
     place = f"[{host}]" if ":" in host else host
     url = f"http://{place}:{listener.getsockname()[1]}"
-    print(f"Chat: {url}   For OpenAI's clients: {url}/v1, model {name!r}   Ctrl-C ends it",
+    print(f"Chat: {url}   For OpenAI's clients: {url}/v1, model {name!r}   Ctrl-C stops it",
           flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=[listener])

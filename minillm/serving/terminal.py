@@ -24,8 +24,8 @@ def starting() -> None:
 
 
 def ready() -> None:
-    """Call it when a KeyboardInterrupt is handled. From here on it comes, and what is printed is
-    printed on any console, with ? for what that cannot show."""
+    """Call it where KeyboardInterrupt is handled: from here on, Ctrl-C raises it. Also makes any
+    console print any text, with ? for the characters that it cannot show."""
     if signal.getsignal(signal.SIGINT) is stop_quietly:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in sys.stdout, sys.stderr:
@@ -35,8 +35,8 @@ def ready() -> None:
 
 @contextmanager
 def gone_readers() -> Iterator[None]:
-    """Ends the command with the exit status 141, as a shell has it, when nobody reads its output
-    any more (`| head`)."""
+    """End the command when nobody reads its output any more (`| head`), with the exit status 141:
+    128 + SIGPIPE, which is what a shell reports."""
     try:
         yield
     except BrokenPipeError:
@@ -53,7 +53,7 @@ def check_input() -> None:
 def ask(prompt: str = "> ") -> str:
     """A line from the terminal; at the end of the input, an empty one.
 
-    Raises ValueError if it is no text.
+    Raises ValueError if it is not text in the terminal's encoding.
     """
     try:
         return input(prompt)
@@ -66,7 +66,7 @@ def ask(prompt: str = "> ") -> str:
 
 def check_argument(text: str, name: str) -> None:
     """Raises ValueError unless an argument of the command line is text: bytes in another encoding
-    come as surrogates."""
+    arrive as surrogates."""
     if any("\ud800" <= c <= "\udfff" for c in text):
         encoding = sys.getfilesystemencoding()
         raise ValueError(f"{name} is not {encoding}: set your terminal to UTF-8")

@@ -1,4 +1,5 @@
-"""Files: replaced whole or not at all, checkpoints, texts to train on, and foreign model folders.
+"""Files: replaced whole or not at all, checkpoints, texts to train on, and other people's model
+folders and adapters.
 
-Chapters 06 (texts), 07 (checkpoints) and 19 (model folders) use them.
+Chapters 06 (texts), 07 (checkpoints), 12 (adapters) and 19 (model folders) use them.
 """

@@ -1,7 +1,7 @@
 """Reading a folder with a LoRA adapter, ours or peft's: plain LoRA, or refused by name.
 
-Each setting is honored, has the one value that is plain LoRA, or is harmless. Written by hand;
-chapter 12 loads adapters with it.
+Each setting is honored, has the one value that is plain LoRA, or is harmless; anything else is
+refused. Chapter 12 loads adapters with it.
 """
 import math
 import re
@@ -16,7 +16,7 @@ from minillm.storage.files import check_finite
 from minillm.storage.foreign import check_keys, read_json, read_tensors
 
 HONORED = ("peft_type", "r", "lora_alpha", "target_modules", "init_lora_weights")
-# Each of these makes another layer, or changes the weights beneath the adapter.
+# With any other value, the layer is not plain LoRA, or the weights beneath the adapter change.
 ONLY = {"bias": "none", "use_rslora": False, "use_dora": False, "use_qalora": False,
         "use_bdlora": False, "lora_bias": False, "fan_in_fan_out": False, "rank_pattern": {},
         "alpha_pattern": {}, "loftq_config": {}, "ensure_weight_tying": False}
@@ -24,14 +24,14 @@ HARMLESS = (
     "lora_dropout", "task_type", "inference_mode",             # of training
     "qalora_group_size", "megatron_core", "runtime_config",    # of kinds that are refused
     "base_model_name_or_path", "revision", "auto_mapping", "peft_version")        # notes
-# How an adapter began. Others (PiSSA, OLoRA, LoftQ) take their beginning out of the model's
-# weights, so that the adapter is wrong on those of the model itself.
+# How an adapter was initialized. Other ways (PiSSA, OLoRA, LoftQ) also change the weights of the
+# model, so that the adapter is wrong on the original ones.
 BEGINNINGS = (None, True, False, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter from a folder: around which layers (full names), and its tensors by name."""
+    """A LoRA adapter from a folder; layers: full names of those it adapts; tensors: by name."""
 
     rank: int
     alpha: float

@@ -1,6 +1,6 @@
-"""Checkpoints of a run, written, found and resumed. How often is a setting of minillm/train.py.
+"""Writes, finds and resumes the checkpoints of a run, and makes Ctrl-C wait for the end of a step.
 
-Also a Ctrl-C that waits for the end of a step.
+How often a checkpoint is written is a setting of minillm/train.py.
 """
 import json
 import signal
@@ -36,8 +36,8 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: AdamW, hist
     It holds the weights, the optimizer's state, the random state of the CPU, and as metadata the
     history, whose length is the position in the data, the settings of the run, and a SHA-256 over
     the file. Atomic, see files.replacing. Of the steps so far, the newest `keep` files are kept.
-    If there are several processes, all must call; the first one writes, and writes whole tensors,
-    whether they are sharded or not.
+    If there are several processes, all must call this; the first one writes, and writes whole
+    tensors, whether they are sharded or not.
     """
     folder, first = Path(folder), rank_and_world()[0] == 0
     path = folder / f"step-{len(history):08d}.safetensors"
@@ -60,7 +60,7 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: AdamW, hist
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], list[dict], dict | None]:
-    """The tensors, history and settings in a file of save_checkpoint.
+    """The tensors, history and settings (None if not given) in a file of save_checkpoint.
 
     Raises ValueError naming the file if a byte has changed.
     """

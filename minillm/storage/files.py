@@ -1,6 +1,6 @@
 """Files that are whole or not there, and files that notice a changed byte.
 
-Written by hand. From chapter 01 on, everything that the course saves goes through `replacing`.
+From chapter 01 on, everything that the course saves goes through `replacing`.
 """
 import hashlib
 import json
@@ -23,7 +23,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A new binary file beside `path`, which takes the place of `path` when the block ends.
 
     By then it is on the disk, should the power fail. After an error within the block the new file
-    is gone, and what `path` was before stays. An OSError of writing, such as that of a full disk,
+    is gone, and `path` is as it was before. An OSError of writing, such as that of a full disk,
     names `path`.
     """
     path = Path(path)
@@ -54,7 +54,7 @@ def check_finite(tensors: dict[str, Tensor], where: str | Path) -> None:
 def seal(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """The bytes of a safetensors file of tensors and metadata {name: text}.
 
-    Its header holds a SHA-256 over all of them.
+    Its header holds a SHA-256 over all these bytes, taken with zeros in its own place.
     """
     data = safetensors.torch.save(tensors, metadata | {"sha256": "0" * 64})
     return SEAL.sub(hashlib.sha256(data).hexdigest().encode(), data, 1)
@@ -69,9 +69,9 @@ def unseal(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not found:
         raise ValueError("it has no checksum")
     if found[0] != hashlib.sha256(SEAL.sub(b"0" * 64, data, 1)).hexdigest().encode():
-        raise ValueError("its checksum does not fit its content")
+        raise ValueError("its checksum does not match its content")
     try:
         header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
         return safetensors.torch.load(data), header["__metadata__"]
     except (ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise ValueError(f"it has a checksum, but is no safetensors file ({error})") from None
+        raise ValueError(f"it has a checksum, but is not a safetensors file ({error})") from None

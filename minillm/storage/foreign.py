@@ -1,9 +1,9 @@
 """JSON and safetensors files that somebody else may have written: read, or refused by name.
 
-Each claim of a file is held against the file before anything is allocated or opened on its word.
-Every function raises ValueError, naming the file and the key or tensor, for what is damaged or
-unknown, and OSError for what cannot be read. Written by hand; model folders (chapter 19) and
-adapters (chapter 12) are read with it.
+What a file claims about itself is checked against the file before anything is allocated or opened
+because of it. Every function raises ValueError, naming the file and the key or tensor, for what is
+damaged or unknown; a safetensors file that cannot be read raises OSError. Model folders (chapter
+19) and adapters (chapter 12) are read with it.
 """
 import json
 import math
@@ -18,14 +18,14 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}       # bytes per number
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file. Raises ValueError also for a file that cannot be read."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): "
                          f"is {path.parent} the right folder?") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or no JSON ({error})") from None
+        raise ValueError(f"{path} is damaged or not JSON ({error})") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object: got a {type(data).__name__}")
     return data
@@ -77,7 +77,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, 100_000_000):
-            raise ValueError(f"{path} is truncated or no safetensors file: "
+            raise ValueError(f"{path} is truncated or not a safetensors file: "
                              f"a header of {length:,} bytes in a file of {size:,}")
         try:
             header = json.loads(file.read(length))
@@ -96,7 +96,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of a safetensors file, one after the other, as they are stored."""
+    """Yield (name, tensor) of a safetensors file, one after another, in their stored types."""
     names = read_header(path)
     try:
         with safetensors.safe_open(path, "pt") as file:

@@ -1,8 +1,8 @@
-"""Reading the model folder of somebody else: which config, tokenizer and shards we accept.
+"""Reading somebody else's model folder: which config, tokenizer and shards we accept.
 
 What our code cannot do is refused by name: each setting is honored, has the one value that we can
-do, or stands in a list of harmless ones, with the reason. Every function raises ValueError, naming
-the file and the key. No pickle is opened. Written by hand; chapter 19 opens model folders with it.
+do, or is in a list of harmless ones, with the reason. Every function raises ValueError, naming the
+file and the key. No pickle is opened. Chapter 19 opens model folders with it.
 """
 from collections.abc import Collection
 from pathlib import Path
@@ -26,11 +26,11 @@ ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
         "tie_encoder_decoder": False}
 HARMLESS = (
     "initializer_range", "attention_dropout",                  # of training
-    # how it is computed, and in which form it is handed over, not what
+    # how the result is computed, and in what form it is returned, not what it is
     "use_cache", "pretraining_tp", "dtype", "torch_dtype", "_attn_implementation",
     "attn_implementation", "return_dict", "output_attentions", "output_hidden_states",
     "torchscript", "use_bfloat16", "tf_legacy_loss",
-    # of generation, where ours has arguments; transformers 4 wrote all of them
+    # of generation, where ours takes arguments; transformers 4 wrote all of them
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "max_length", "min_length",
     "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
     "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
@@ -44,7 +44,7 @@ HARMLESS = (
     "unsloth_version")
 ROPE = ("rope_theta", "rope_type", "type")
 NO_BPE_OPTIONS = {"dropout": 0.0, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
-# A pattern that leaves out a part of it would leave out a part of other texts, too.
+# A pattern that leaves out a part of this text would leave out a part of other texts, too.
 PROBE = "".join(map(chr, range(32, 127))) + "\n\t\r\n  é ß 猫🦊"
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -68,7 +68,7 @@ def agreed(values: list[Any], what: str, path: Path) -> Any:
     """The one value that is given, perhaps several times; None if none is."""
     given = [value for value in values if value is not None]
     if any(value != given[0] for value in given):
-        raise ValueError(f"{path} gives {what} twice, and not the same: {given!r:.200}")
+        raise ValueError(f"{path} gives {what} twice, with different values: {given!r:.200}")
     return given[0] if given else None
 
 
@@ -119,9 +119,10 @@ def read_shape(path: Path) -> tuple[dict[str, Any], tuple | None]:
         raise ValueError(f"{path}: tie_word_embeddings must be true or false: got {tied!r:.60}")
     dim = number(s, "hidden_size", int, path)
     heads = number(s, "num_attention_heads", int, path)
-    if number(s, "head_dim", int, path, max(dim // heads, 1)) * heads != dim:
-        raise ValueError(f"{path}: {heads} heads of head_dim {s.get('head_dim')} "
-                         f"must make hidden_size {dim} here")
+    width = number(s, "head_dim", int, path, max(dim // heads, 1))
+    if width * heads != dim:
+        raise ValueError(f"{path}: hidden_size {dim} must be num_attention_heads {heads} times "
+                         f"head_dim {width} here")
     theta, scaling = read_rope(s, path)
     shape = {
         "vocab_size": number(s, "vocab_size", int, path),
@@ -141,7 +142,7 @@ def read_shape(path: Path) -> tuple[dict[str, Any], tuple | None]:
 def tensor_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: model.safetensors, or the shards that its index names.
 
-    Shards must lie in the folder itself.
+    Shards must be in the folder itself.
     """
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -160,7 +161,7 @@ def tensor_files(folder: Path) -> list[Path]:
     shards = sorted(set(places.values()))
     for name in shards:
         if any(c in name for c in "/\\:\0") or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: the shard {name!r:.80} is no safetensors file "
+            raise ValueError(f"{index}: the shard {name!r:.80} is not a safetensors file "
                              "of this folder")
         if not (folder / name).is_file():
             raise ValueError(f"{index}: the shard {name} is missing in {folder}")
@@ -168,10 +169,10 @@ def tensor_files(folder: Path) -> list[Path]:
 
 
 def check_unmixed(folder: Path, names: Collection[str]) -> None:
-    """Raises ValueError unless a new model, the files `names`, has the folder to itself.
+    """Raises ValueError unless a new model, whose files are `names`, has the folder to itself.
 
     A shard, a tokenizer or an adapter that an earlier model left there would be read together with
-    the new files, or in their place. What no reader of models opens may stay.
+    the new files, or in their place. Files that no loader of models opens may stay.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name a folder")
@@ -239,8 +240,8 @@ def check_kind(data: dict) -> None:
     if model.get("byte_fallback"):
         raise ValueError("its model is BPE with byte_fallback (sentencepiece, as LLaMA 1 and 2), "
                          "not byte-level BPE")
-    # Nothing is ever unknown where each byte is a token; where all tokens are made by merges, to
-    # ignore these for a whole token changes nothing (section 19.3).
+    # Nothing is ever unknown where each byte is a token. Where merges make all tokens, ignoring the
+    # merges for a piece that is a token as a whole changes nothing (section 19.3).
     harmless = "unk_token", "fuse_unk", "ignore_merges"
     known = "type", "vocab", "merges", "byte_fallback"
     check_keys(model, known, NO_BPE_OPTIONS, harmless, "its model")
@@ -283,4 +284,4 @@ def load_tokenizer(path: Path) -> Tokenizer:
         reason = error
         if type(error) is not ValueError:
             reason = f"it is damaged ({type(error).__name__}: {error})"
-        raise ValueError(f"{path} is no tokenizer for minillm: {reason}") from None
+        raise ValueError(f"{path} is not a tokenizer that minillm can read: {reason}") from None

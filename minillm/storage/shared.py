@@ -1,6 +1,6 @@
 """Files of several processes: who writes, whether all see the folder, who holds which part.
 
-Without `torch.distributed` everything here does nothing.
+Without a process group of `torch.distributed`, there is one process, which has everything whole.
 """
 import time
 from pathlib import Path
@@ -18,7 +18,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def all_reduce_sum(number: int | float, device: str | torch.device = "cpu") -> int | float:
-    """The sum of a number over all processes. All must call."""
+    """The sum of a number over all processes. All of them must call this."""
     if rank_and_world()[1] == 1:
         return number
     total = torch.tensor(float(number), dtype=torch.float64, device=device)
@@ -32,8 +32,8 @@ def is_share(tensor: Tensor) -> bool:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor of which each process has a share, in every process (all must call); any
-    other tensor as it is."""
+    """The whole tensor of which each process has a share, in every process (all must call
+    this); any other tensor as it is."""
     return tensor.full_tensor() if is_share(tensor) else tensor
 
 
@@ -48,7 +48,7 @@ def share_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 def check_shared(folder: str | Path, device: str | torch.device = "cpu") -> None:
     """Raises ValueError, in all processes, unless the folder is on a disk that all of them share:
-    the first writes there, the others read. All must call."""
+    the first writes there, the others read. All must call this."""
     rank, world = rank_and_world()
     if world == 1:
         return

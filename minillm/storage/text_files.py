@@ -1,6 +1,6 @@
 """Text files for training: checked, read, and, if they are well-known ones, downloaded once.
 
-Written by hand; chapter 06 reads its corpora with them.
+Chapter 06 reads its corpora with this module.
 """
 import hashlib
 import os
@@ -37,8 +37,8 @@ def cache_folder() -> Path:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, which is read once: a pipe (/dev/stdin, or <(...)) has no second
-    time.
+    """The text of a UTF-8 file, which is read only once, because a pipe (/dev/stdin, or <(...))
+    cannot be read again.
 
     Raises ValueError if it is missing, a folder or not text.
     """
@@ -58,12 +58,12 @@ def read_text(path: Path) -> str:
 
 
 def count_characters(text: str, block: int = 2**20) -> int:
-    """How many characters a text has, without white space. Block by block, which saves memory."""
+    """How many characters a text has, without whitespace. Block by block, which saves memory."""
     return sum(len("".join(text[i:i + block].split())) for i in range(0, len(text), block))
 
 
 def stream_documents(path: str | Path) -> Iterator[str]:
-    """Yields the documents of a text file, which `<|endoftext|>` separates.
+    """Yields the documents of a text file, which are separated by `<|endoftext|>`.
 
     Only one of them is in memory at a time.
     """
@@ -79,7 +79,7 @@ def stream_documents(path: str | Path) -> Iterator[str]:
 
 
 def fetch(url: str, part: Path) -> None:
-    """Adds to the file `part` what it lacks of `url`; starts over if the server sends no ranges.
+    """Appends to the file `part` the rest of `url`; starts over if the server sends no ranges.
 
     Raises OSError if the connection is cut off.
     """
@@ -88,7 +88,7 @@ def fetch(url: str, part: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as e:
-        # nothing lies beyond what we have: the checksum will tell whether it is right
+        # there is nothing after what we have: the checksum will tell whether it is right
         if e.code == 416:
             return
         raise
@@ -111,11 +111,11 @@ def file_sha256(path: str | Path) -> str:
 
 
 def download(url: str, path: str | Path, sha256: str) -> Path:
-    """Brings `url` to `path`, with a progress bar, unless it is there; returns the path.
+    """Downloads `url` to `path`, with a progress bar, unless it is there; returns the path.
 
     An interrupted download continues at the next call. Raises OSError if the connection fails or
-    the file cannot be written (path.part keeps what came), ValueError if the content has another
-    checksum.
+    the file cannot be written (path.part keeps what came), ValueError if the content has a
+    different checksum.
     """
     path, part = Path(path), Path(f"{path}.part")
     if path.exists():
@@ -131,12 +131,12 @@ def download(url: str, path: str | Path, sha256: str) -> Path:
         if isinstance(place, (str, Path)) and place != url:
             raise OSError(f"{place} cannot be written ({e.strerror}): make its folder writable, or "
                           "name another one (MINILLM_CACHE says where downloads go)") from None
-        raise OSError(f"{url}: {e or type(e).__name__}. Call again to go on from where it stopped "
-                      f"({part} has what came)") from None
+        raise OSError(f"{url}: {str(e) or type(e).__name__}. Call again to continue from where it "
+                      f"stopped ({part} has what came)") from None
     if (found := file_sha256(part)) != sha256:
         part.unlink()
         raise ValueError(f"{url} has the checksum {found} instead of {sha256}: "
-                         "it was changed or damaged, and is deleted")
+                         "it was changed or damaged, so it has been deleted")
     os.replace(part, path)
     return path
 
@@ -144,7 +144,8 @@ def download(url: str, path: str | Path, sha256: str) -> Path:
 def corpus(name: str, folder: str | Path | None = None) -> Path:
     """The path of a corpus of `CORPORA`.
 
-    The first call downloads it into `folder` (if None, `cache_folder()`).
+    The first call downloads it into `folder` (if None, `cache_folder()`). Raises ValueError for an
+    unknown name, and as download does.
     """
     if name not in CORPORA:
         raise ValueError(f"no corpus is called {name!r}: there is {', '.join(CORPORA)}, "
@@ -158,7 +159,8 @@ def read_documents(
     """The documents of text files as a list of (path, text).
 
     A path may also be the name of one of `CORPORA`. Raises ValueError if a file is missing, a
-    folder, empty or not UTF-8 text, or if all together have fewer than `least` characters.
+    folder, empty or not UTF-8 text, or if all together have fewer than `least` characters
+    (whitespace not counted), and as corpus does.
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]

@@ -202,7 +202,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, capsys):
     again, same = checkpointed(tmp_path)
     assert capsys.readouterr().out == (
         "checkpoint refused: step-00000012.safetensors is damaged: "
-        "its checksum does not fit its content\n")
+        "its checksum does not match its content\n")
     assert torch.equal(weights(model), weights(again))
     assert [h["loss"] for h in same] == [h["loss"] for h in history]
     load_checkpoint(newest, again)

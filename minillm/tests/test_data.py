@@ -250,12 +250,12 @@ def test_any_damage_is_noticed(tmp_path, tokenizer):
         spoilt.append(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1:])
     for content in spoilt:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="x.tokens is damaged or no file of write_tokens"):
+        with pytest.raises(ValueError, match="x.tokens is damaged, or was not written"):
             read_tokens(path)
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="with another tokenizer"):
         read_tokens(path, Tokenizer.train(STORIES, 301))
-    with pytest.raises(ValueError, match="gone is damaged or no file"):
+    with pytest.raises(ValueError, match="gone is damaged, or was not written"):
         read_tokens(tmp_path / "gone")
 
 

@@ -137,7 +137,7 @@ def test_hostile_headers(header, data, message, folder):
     struct.pack("<Q", 2**64 - 1)])
 def test_lengths_beyond_the_file(content, folder):
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="truncated or no safetensors"):
+    with pytest.raises(ValueError, match="truncated or not a safetensors"):
         load_model(folder)
 
 
@@ -175,7 +175,7 @@ def test_shards_outside_the_folder_and_wrong_ones(tmp_path):
     for bad in ("../x.safetensors", str(tmp_path / "x.safetensors"), "..\\x.safetensors",
                 "C:x.safetensors", "x.bin", "x\0.safetensors"):
         reindex(inside, {name: bad})
-        with pytest.raises(ValueError, match="is no safetensors file of this folder"):
+        with pytest.raises(ValueError, match="is not a safetensors file of this folder"):
             load_model(inside)
     reindex(inside, {name: "other.safetensors"})
     with pytest.raises(ValueError, match="other.safetensors is missing"):
@@ -286,7 +286,7 @@ def test_a_model_folder_with_an_adapter_in_it(folder):
     ({"logits_scaling": 8}, "logits_scaling = 8"),
     ({"tie_word_embeddings": "true"}, "tie_word_embeddings must be"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings must be"),
-    ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 4.0}}, "not the same"),
+    ({"rope_scaling": LLAMA3, "rope_parameters": LLAMA3 | {"factor": 4.0}}, "different values"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "rope_theta twice"),
     ({"rope_scaling": LLAMA3 | {"attention_factor": 2.0}}, "attention_factor"),
     ({"rope_scaling": LLAMA3 | {"type": "yarn"}}, "type of RoPE twice"),

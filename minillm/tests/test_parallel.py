@@ -189,7 +189,7 @@ if __name__ == "__main__":
             checkpoint.replacing = None                     # who writes a file fails
         for name, run in RUNS.items():
             save_file(run(folder), folder / f"{name}{rank}")
-        # This one goes on from the last checkpoint: nothing is left to do.
+        # This one continues from the last checkpoint: nothing is left to do.
         save_file(trained(folder / "steps"), folder / f"again{rank}")
         os.environ["MINILLM_CACHE"] = str(folder / "cache")
         save_file(stage(), folder / f"stage{rank}")

@@ -93,7 +93,8 @@ def test_a_figure_outside_is_named_with_what_to_look_at(path, column, value, sho
     text = said(path, **{column: value})
     assert NORMAL not in text and max(map(len, text.splitlines())) <= 100
     text = " ".join(text.split())
-    assert text.startswith("Is this run normal? Not within") and text.count("- ") == 2
+    assert text.startswith("Is this run normal? These figures are not within 5 standard")
+    assert text.count("- ") == 1
     assert f"- {column} of dpo: {shown}" in text
     assert f"Look at this: {ranges.ADVICE[column]}." in text
 
@@ -224,7 +225,7 @@ def test_the_benchmark_says_how_it_goes_on(small, monkeypatch, capsys):
     def full(bar, seed):
         raise OSError("the stage base could not be saved")
 
-    for base, code, words in ((stopped, 130, "same command goes on"),
+    for base, code, words in ((stopped, 130, "same command continues"),
                               (full, 2, "could not be saved")):
         monkeypatch.setattr(stages, "base", base)
         with pytest.raises(SystemExit) as ended:

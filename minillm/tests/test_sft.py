@@ -62,7 +62,7 @@ def random_dialogue(rng, hostile=True):
 
 
 def test_ids_and_mask_of_random_dialogues(tokenizer):
-    """Derived the other way round: cut the ids at the role tokens, and compare each part with its
+    """Derived the other way around: cut the ids at the role tokens, and compare each part with its
     message."""
     special = tokenizer.special_tokens
     end, roles = special[ENDOFTEXT], {special[USER]: "user", special[ASSISTANT]: "assistant"}
@@ -113,9 +113,9 @@ def test_prompt_is_the_beginning_of_the_answered_dialogue(tokenizer):
 
 @pytest.mark.parametrize("messages, words", [
     ([], "at least one message"),
-    ([assistant("Hi")], "message 0 must be of the user .* got 'assistant'"),
-    ([user("Hi"), user("Hi")], "message 1 must be of the assistant .* got 'user'"),
-    ([user("Hi"), assistant("Hi"), assistant("Hi")], "message 2 must be of the user"),
+    ([assistant("Hi")], "message 0 must be from the user .* got 'assistant'"),
+    ([user("Hi"), user("Hi")], "message 1 must be from the assistant .* got 'user'"),
+    ([user("Hi"), assistant("Hi"), assistant("Hi")], "message 2 must be from the user"),
     ([{"role": "system", "content": "Be brief."}, user("Hi")], "message 0 .* got 'system'"),
     ([{"role": None, "content": "Hi"}], "message 0 .* got None"),
     ([user("Hi"), assistant("")], r"message 1 \(assistant\) is empty"),
@@ -142,7 +142,7 @@ def test_bad_contents(tokenizer):
             encode_dialogue([user(content)], tokenizer)
     with pytest.raises(ValueError, match="surrogate"):
         encode_dialogue([user("\ud800")], tokenizer)
-    with pytest.raises(ValueError, match="last message must be of the user.*'assistant'"):
+    with pytest.raises(ValueError, match="last message must be from the user.*'assistant'"):
         encode_prompt([user("Hi"), assistant("Hi")], tokenizer)
 
 
@@ -291,7 +291,7 @@ def test_a_marker_begins_as_a_copy_of_one_row_and_nothing_else_changes(tokenizer
 
 
 @pytest.mark.parametrize("token, other, said", [
-    ("<|tool|>", "?", "no special token"), ("?", "?", "no special token"),
+    ("<|tool|>", "?", "not a special token"), ("?", "?", "not a special token"),
     (ASSISTANT, "xyz qrs", "only one row"), (ASSISTANT, "", "is 0 tokens")])
 def test_a_marker_that_cannot_begin_so_is_refused(tokenizer, token, other, said):
     model = Llama(CONFIG)

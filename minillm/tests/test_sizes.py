@@ -27,7 +27,7 @@ def test_sizes(monkeypatch):
     assert medium.chat.examples == cpu.chat.examples
     assert 20e6 < count_parameters(sizes.SIZES["gpu"].stories.model) < 60e6
     monkeypatch.setenv("MINILLM_SIZE", "large")
-    said = "MINILLM_SIZE=large: there are the sizes cpu, medium, gpu"
+    said = "MINILLM_SIZE=large: the sizes are cpu, medium, gpu"
     with pytest.raises(ValueError, match=said):
         sizes.chosen()
 
@@ -48,7 +48,7 @@ def test_an_unknown_size_ends_the_command_with_one_line(monkeypatch, arguments):
     ended = subprocess.run([sys.executable, "-m", "minillm", *arguments],
                            capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "")
-    said = "minillm: MINILLM_SIZE=large: there are the sizes cpu, medium, gpu\n"
+    said = "minillm: MINILLM_SIZE=large: the sizes are cpu, medium, gpu\n"
     assert ended.stderr.endswith(said) and "Traceback" not in ended.stderr
 
 

@@ -336,7 +336,7 @@ def small(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("when", ["saving", "training"])
 def test_a_disk_that_gets_full_loses_no_training(small, monkeypatch, capsys, when):
-    """The command says so in one line. Once there is room, it goes on from the newest checkpoint:
+    """The command says so in one line. Once there is room, it continues from the newest checkpoint:
     that of the last step, or the one before that could not be written."""
     recipe = replace(stages.size().files,
                      training=replace(stages.size().files.training, checkpoint_every=4, steps=6))
@@ -362,7 +362,7 @@ def test_a_disk_that_gets_full_loses_no_training(small, monkeypatch, capsys, whe
     error = capsys.readouterr().err
     part, = (small / "another").glob("*.part")
     assert error.count("\n") == 1 and error.startswith("minillm: the stage own")
-    for word in str(part), "No space left", "goes on from the checkpoint", "MINILLM_CACHE":
+    for word in str(part), "No space left", "continues from the checkpoint", "MINILLM_CACHE":
         assert word in error
     kept = read_checkpoint(max((part / "checkpoints").iterdir()))[1]
     assert len(kept) == {"training": 4, "saving": 6}[when]

@@ -281,8 +281,8 @@ def test_bad_prompts(small, capsys, prompt, word):
 
 
 def test_a_talk_of_several_turns(small, monkeypatch, capsys):
-    """Each answer sees the turns before it; too long a talk begins anew; the end of the input ends
-    it."""
+    """Each answer sees the turns before it; too long a conversation starts over; the end of the
+    input ends it."""
     lines, seen, answer = ["Hello!", "Who are you?", "What? " * 1000, "Hello!"], [], command.answer
 
     def typed(prompt):
@@ -297,7 +297,7 @@ def test_a_talk_of_several_turns(small, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", typed)
     monkeypatch.setattr(command, "answer", counted)
     assert command.main(["chat"]) == 0
-    assert seen == [1, 3, 5, 1] and "begins anew" in capsys.readouterr().out
+    assert seen == [1, 3, 5, 1] and "starts over" in capsys.readouterr().out
 
 
 def test_the_command_reads_own_text(small, capsys):
@@ -327,7 +327,7 @@ def test_a_text_of_one_letter_is_refused_by_the_name_of_its_file(small, monkeypa
     file = small / "letters.txt"
     file.write_text("a" * 60_000)
     assert command.main(["--text", str(file)]) == 2
-    assert re.search(r"letters.txt: the text repeats itself .* 3 tokens, and it takes more than "
+    assert re.search(r"letters.txt: the text repeats itself .* 3 tokens, and we need more than "
                      r"\d+: give a text", capsys.readouterr().err)
 
 

@@ -2,7 +2,7 @@
 
 To say where Tom is, a model has to find his name earlier in the text and look at the place beside
 it. In stories this pays too seldom for a small model to discover it: it guesses between the places
-that were named, and stays there for the whole run. A drill has a dozen chances in eighty tokens.
+that were named, and keeps doing so for the whole run. A drill has a dozen chances in eighty tokens.
 `practice` does the same for what the chat model is asked later: a quiz says who and what a story
 does not mention, and a title says what the story after it is about.
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 from minillm.world.stories import PLAIN, Setting, World, capital, subject_of
 from minillm.world.templates import VALLEY, Region
 
-STATEMENTS = 11           # of a drill after the two that say who is where, and of a quiz
+STATEMENTS = 11           # of a drill, after the two that say who is where, and of a quiz
 TITLES = 6                # of a text of titles
 EVENTS = (0, 3)           # of the story before a quiz
 
@@ -53,10 +53,11 @@ def quiz(seed: int, setting: Setting = PLAIN) -> str:
     """A short story, and then who is where, or where the things are: "... Vera by the river. Ida
     nowhere. Where is Vera? Vera is by the river. Where is Max? I don't know. ...".
 
-    About one of three statements is about somebody, or something, that the story does not mention.
-    Things are harder, so two of three quizzes are about them. Seven of ten statements name a thing
-    with its color. What is not there has any color, so that it is the noun that tells; but one of
-    twelve statements about a thing of the story has the wrong color, so that it is another thing.
+    About one in three statements is about somebody, or something, that the story does not mention.
+    Things are harder, so two in three quizzes are about them. Seven in ten statements name a thing
+    with its color. A thing that is not in the story has any color, so it is the noun that gives it
+    away; but one in twelve statements about a thing of the story has a wrong color, which makes it
+    another thing.
     """
     rng = random.Random(f"quiz {seed}")
     story = World(setting=replace(setting, events=EVENTS)).sample(f"quiz {seed}")

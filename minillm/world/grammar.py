@@ -1,7 +1,7 @@
-"""The templates of the story world as regular expressions: what sentences may a text have next?
+"""The templates of the story world as regular expressions: which sentence may come next in a text?
 
 A template becomes an expression with a group for each of its slots. It is lenient where the reader
-is to see what is wrong: a slot for a name takes a pronoun, too, and capitals do not matter.
+has to see what is wrong: a slot for a name takes a pronoun, too, and capitals do not matter.
 """
 import itertools
 from collections.abc import Iterable
@@ -16,13 +16,14 @@ from minillm.world.templates import (
 
 PARTS = "characters", "things", "events", "end"                  # of a story, in order
 CHARACTERS, THINGS, EVENT, END = range(4)
-PRONOUNS = {"she": 0, "he": 0, "her": 1, "his": 1, "him": 2}     # word: its index in a Character
+PRONOUNS = {"she": 0, "he": 0, "her": 1, "his": 1, "him": 2}     # word: index in Character.pronouns
 SENTENCE = regex.compile(r'.*?[.!?]"?(?=\s|\Z)', regex.DOTALL)
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A template as a regular expression; part: an index of PARTS; event: a key of EVENTS."""
+    """A template as a regular expression; part: an index of PARTS; event: a key of EVENTS, or
+    ""."""
 
     part: int
     event: str
@@ -55,7 +56,8 @@ class Grammar:
                          for day, weather in itertools.product(DAYS, WEATHER)}
         self.goals = {place.split(" ", 1)[1]: place for place in region.places}
         if len(self.goals) < len(region.places):
-            raise ValueError("two places with the same words after the preposition")
+            raise ValueError("a region has two places with the same words after the preposition: "
+                             f"got {region.places}")
         links = [*self.openings, *(words for words, _ in LINKS)]
         words = {word for group in vars(region).values() for word in group}
         words |= {*links, *self.goals, *PRONOUNS}
@@ -84,7 +86,7 @@ class Grammar:
             self.patterns.append(Pattern(part, event, template, compiled))
 
     def sentences(self, text: str, at: int) -> list[Sentence]:
-        """What the text at this position may be, the longest first."""
+        """The sentences that may begin at this position of the text, the longest first."""
         found = []
         for pattern in self.patterns:
             match = pattern.regex.match(text, at)
@@ -119,7 +121,7 @@ def either(words: Iterable[str]) -> str:
 
 
 def expression(template: str, slots: dict[str, str]) -> str:
-    """A template as a regular expression. A slot that comes twice has the same words twice."""
+    """A template as a regular expression. A slot used twice has the same words both times."""
     parts, seen = [], set()
     for literal, slot, _, _ in Formatter().parse(template):
         parts.append(regex.escape(literal))
@@ -130,6 +132,6 @@ def expression(template: str, slots: dict[str, str]) -> str:
 
 
 def first_sentence(text: str, at: int) -> str:
-    """The text from there to the end of a sentence, or to the end."""
+    """The text from `at` to the end of that sentence, or to its own end."""
     match = SENTENCE.match(text, at)
     return match[0] if match else text[at:]

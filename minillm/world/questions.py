@@ -46,8 +46,8 @@ SMALL_TALK = {    # answer: what is said to get it
         ("Goodbye!", "Bye!", "Bye", "Good night!"),
 }
 
-# What lies outside of the world: one answer, and what is said to get it. Of each list of words the
-# training data have those at even places, and the examinations the others.
+# What is outside the world: one answer, and what is said to get it. Of each list of words, the
+# training data have those at even positions, and held-out data have the others.
 FOREIGN = "I only know my stories. Ask me for one, and then who is where and who has what."
 FOREIGN_ASK = ("What is {number} + {number}?", "What is {number} times {number}?",
                "How much is {number} minus {number}?", "Why is the {kind} {mood}?",
@@ -77,9 +77,10 @@ def say(role: str, content: str) -> dict[str, str]:
 class Question:
     """A question about a story.
 
-    about: a key of ASK; thing: what it asks about ("the blue kite"); text: the question itself;
-    value: the true answer ("Vera", "by the river"), None if the story does not tell; candidates:
-    how many answers a reader of the story could guess among, "I don't know" included.
+    about: a key of ASK; thing: what it asks about ("the blue kite", or "Vera"); text: the question
+    itself; value: the true answer ("Vera", "by the river", "is with Vera, by the river"), None if
+    the story does not tell; candidates: how many answers a reader of the story could guess among,
+    "I don't know" included.
 
     >>> q = Question("holder", "the blue kite", "Who has the blue kite?", "Vera", 4)
     >>> q.answer("rude"), q.reward("The blue kite is with Vera, my friend.")
@@ -133,9 +134,9 @@ class Question:
 
 
 def called(thing: Thing, rng: random.Random) -> str:
-    """How a question names a thing: with its color, or in three of ten questions without.
+    """How a question names a thing: with its color, or in three in ten questions without.
 
-    The name is clear without the color, too: no story has two things of a kind.
+    The name is clear without the color, too: no two things of a story have the same noun.
     """
     return f"the {thing.noun}" if rng.random() < 0.3 else thing.name
 
@@ -143,8 +144,8 @@ def called(thing: Thing, rng: random.Random) -> str:
 def missing(story: Story, region: Region, rng: random.Random) -> str:
     """A thing that is not in the story, as a question names it.
 
-    In one of three cases it has the color or the noun of one that is, to fool who reads only half
-    of the name; with more of these, a small model does not learn to compare at all.
+    In one in three cases it has the color or the noun of one that is, to fool a model that reads
+    only half of the name; with more of these, a small model does not learn to compare at all.
     """
     thing = rng.choice(story.things)
     colour = rng.choice([c for c in region.colours if all(c != t.colour for t in story.things)])
@@ -186,9 +187,9 @@ def questions(story: Story, region: Region, rng: random.Random, n: int) -> list[
 
 
 def request(story: Story, rng: random.Random) -> tuple[str, tuple[str, str]]:
-    """An instruction that this story follows, and the words that a story must have to follow it.
+    """An instruction that this story follows, and what a story must have to follow it.
 
-    "Tell a story about a shy alpaca and a kite.", for example.
+    "Tell a story about a shy alpaca and a kite.", for example, and ("shy alpaca", "kite").
     """
     subject, thing = subject_of(story.characters[0], rng), rng.choice(story.things)
     named = [subject, with_article(thing.noun)]
@@ -200,10 +201,10 @@ def request(story: Story, rng: random.Random) -> tuple[str, tuple[str, str]]:
 
 def dialogue(story: Story, region: Region, rng: random.Random,
              another: Story | None = None, begun: bool = False) -> list[dict[str, str]]:
-    """A dialogue around a story: it is asked for or read out, and questions follow.
+    """A dialogue around a story: the user asks for it or reads it out, and questions follow.
 
-    begun: the story is only the beginning of one, and always read out. Then `another` story may be
-    asked for. Here and there is small talk.
+    begun: the story is only the beginning of one, and is always read out. If `another` story is
+    given, the user asks for it next. Small talk comes in between.
     """
     messages = []
     for each in (story, another) if another else (story,):
@@ -230,7 +231,7 @@ def dialogue(story: Story, region: Region, rng: random.Random,
 def foreign(region: Region, rng: random.Random, split: str) -> str:
     """Something that is asked and has no answer in the world: "What is 2 + 2?".
 
-    split: "train", or "heldout", whose moods, beings, lands and numbers are others.
+    split: "train", or "heldout", which has other moods, beings, lands and numbers.
     """
     odd = split != "train"
     words = {name: rng.choice(words[odd::2]) for name, words in FOREIGN_WORDS.items()}
@@ -277,8 +278,8 @@ def talk(i: int, split: str = "train", region: Region = VALLEY,
          setting: Setting = PLAIN) -> list[dict[str, str]]:
     """The dialogue with this number.
 
-    In one of ten, a second story is asked for. Every sixth is of openings, and every third about a
-    story in which nothing has happened yet: short texts, many answers, and so much to learn from.
+    In one in ten, a second story is asked for. Every sixth is of openings, and every third about a
+    story in which nothing has happened yet: short texts with many answers to learn from.
     """
     world, rng = World(region, setting), random.Random(f"dialogue {split} {i}")
     if i % 6 == 3:
@@ -302,7 +303,7 @@ def exams(n: int, split: str = "heldout", region: Region = VALLEY,
 
 def instructions(n: int, split: str = "heldout", region: Region = VALLEY, setting: Setting = PLAIN,
                  ) -> list[tuple[list[dict[str, str]], tuple[str, str]]]:
-    """n pairs of a request for a story, as messages, and the words that the story must have."""
+    """n pairs of a request for a story, as messages, and what the story must have (see request)."""
     found = []
     for story, rng in seeded(n, split, region, setting, "request"):
         text, words = request(story, rng)

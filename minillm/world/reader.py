@@ -1,10 +1,11 @@
-"""A reader of the story world: how likely is it that the world tells a text, and what is wrong?
+"""A reader of the story world: how likely is it that the world tells a text, or what is wrong with
+the text?
 
 It goes through the text once. The grammar finds the sentence that comes next and the choices that
 it shows. The reader then lets the world tell the sentence with these choices: if the world can make
 them and writes the same sentence, the story goes on. So the rules and the probabilities are those
-of `stories`, and none is written down here again. For a sentence that the world cannot tell, the
-reader finds out what would have to be different.
+of `stories`, and none is repeated here. For a sentence that the world cannot tell, the reader finds
+out what would have to be different.
 """
 import itertools
 import math
@@ -158,7 +159,7 @@ class Reader:
     # ---- what a sentence speaks of
 
     def person(self, word: str | None) -> Character | None:
-        """The character that a name or, in place of who acts, a pronoun means."""
+        """The character that a name means, or a pronoun in place of the one who acts."""
         subject = self.scene.subject
         if subject and word == subject.pronouns[0]:
             return subject
@@ -170,12 +171,12 @@ class Reader:
         return self.person(who), self.person(other)
 
     def thing(self, said: dict[str, str]) -> Thing | None:
-        """The thing."""
+        """The thing that the sentence names, if the story has it."""
         name = said.get("T", "").lower()
         return next((x for x in self.scene.things if x.name.lower() == name), None)
 
     def place(self, said: dict[str, str]) -> str | None:
-        """The place."""
+        """The place that the sentence names."""
         return said.get("P") or self.grammar.goals.get(said.get("G"))
 
     # ---- telling it again
@@ -193,7 +194,7 @@ class Reader:
         return False
 
     def tell(self, part: int) -> None:
-        """A sentence of this part, with the choices of the teller. May raise Impossible."""
+        """Let the world tell a sentence of this part. May raise Impossible."""
         if part == CHARACTERS:
             self.world.introduce(self.teller, self.scene)
         elif part == THINGS:
@@ -207,7 +208,7 @@ class Reader:
     def choices(self, sentence: Sentence) -> Iterator[list]:
         """The choices that a sentence shows, in the order in which the world makes them.
 
-        None if the event cannot happen, several lists if the words leave open with whom or what.
+        No list if the event cannot happen, several if the words leave open with whom or what.
         """
         pattern, said = sentence.pattern, sentence.said
         (who, other), thing = self.named(said), self.thing(said)
@@ -227,7 +228,7 @@ class Reader:
     # ---- what is wrong
 
     def fault(self, at: int, found: list[Sentence]) -> Fault:
-        """The fault of the text there; found: the sentences that the grammar finds."""
+        """The fault of the text at this position; found: the sentences that the grammar finds."""
         if found:
             sentence = found[0]
             kind, why = self.misplaced(sentence) or self.wrong(sentence)
@@ -242,7 +243,7 @@ class Reader:
         return Fault("unfinished", self.text[at:], "the text ends within a sentence")
 
     def misplaced(self, sentence: Sentence) -> tuple[str, str] | None:
-        """The kinds "order" and "length", each with its reason."""
+        """A fault of the kind "order" or "length", with the reason; None if there is none."""
         pattern, counts = sentence.pattern, self.counts()
         part, first_event = pattern.part, self.events == 0
         if part < self.part:
@@ -261,7 +262,7 @@ class Reader:
         return None
 
     def wrong(self, sentence: Sentence) -> tuple[str, str]:
-        """The other kinds, with the reason."""
+        """A fault of one of the other kinds, with the reason."""
         part, said = sentence.pattern.part, sentence.said
         (who, other), thing = self.named(said), self.thing(said)
         names = [said[slot] for slot in ("S", "N", "O", "name") if slot in said]
@@ -290,7 +291,7 @@ class Reader:
         return mended or ("wording", "the world would write it differently")
 
     def wrong_pronoun(self, sentence: Sentence) -> str | None:
-        """What is wrong about a pronoun of the sentence."""
+        """What is wrong with a pronoun of the sentence; None if nothing is."""
         pattern, said, subject = sentence.pattern, sentence.said, self.scene.subject
         for slot in ("N", "O", "name"):
             if said.get(slot) in PRONOUNS:
@@ -312,8 +313,8 @@ class Reader:
     def mended(self, sentence: Sentence) -> tuple[str, str] | None:
         """The kinds "place" and "holder": what has to change so that the sentence is possible.
 
-        No change of the holder if one of places will do, then fewest changes, then rather the place
-        of the other character than that of the one who acts.
+        Places change rather than the holder; then the fewest changes are best, and then the other
+        character is moved rather than the one who acts. None if nothing makes it possible.
         """
         people, thing = [c for c in self.named(sentence.said) if c], self.thing(sentence.said)
         # A state: (holder, place) of the thing, and the place of each character.

@@ -118,7 +118,7 @@ def with_article(words: str) -> str:
 
 
 def subject_of(hero: Character, rng: random.Random) -> str:
-    """How a title or a request names the hero of a story: "a shy alpaca", or in three of ten
+    """How a title or a request names the hero of a story: "a shy alpaca", or three times in ten
     "Vera"."""
     return hero.name if rng.random() < 0.3 else f"{with_article(hero.trait)} {hero.kind}"
 

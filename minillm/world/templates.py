@@ -34,8 +34,8 @@ VALLEY = Region(
             "spoon", "apple"),
 )
 
-# A second region, with other names, animals, places and things: what a model has to learn later,
-# and while learning it may forget the first.
+# A second region, with other names, animals, places and things: a model has to learn them later,
+# and while it does, it may forget the first.
 HARBOUR = Region(
     she=("Wanda", "Greta", "Olive", "Pearl", "Sylvie", "Fanny", "Daphne", "Jonna", "Tilda", "Yara"),
     he=("Finn", "Knut", "Piet", "Jasper", "Bruno", "Otis", "Ralph", "Klaus", "Dario", "Viggo"),
