@@ -6,8 +6,10 @@ import pytest
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ     # pytest -n 2
 if PARALLEL:
-    # Workers with several threads each would slow each other down many times over.
+    # Workers with several threads each would slow each other down many times over. Stages are
+    # trained with two all the same; there, a thread that waits should leave its core to others.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # The tests and notebooks assert what models of this size can do, so it is also used on a GPU, where
 # another size is the default.
 os.environ.setdefault("MINILLM_SIZE", "cpu")
