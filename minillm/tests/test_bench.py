@@ -118,7 +118,7 @@ def test_a_size_that_does_not_exist_is_refused_by_every_command(arguments, capsy
     monkeypatch.setenv("MINILLM_SIZE", "huge")
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments.split())
-    check_refusal(stopped.value.code, capsys.readouterr().err, "MINILLM_SIZE=huge: there are the")
+    check_refusal(stopped.value.code, capsys.readouterr().err, "MINILLM_SIZE=huge: the sizes are")
 
 
 def test_a_size_that_does_not_exist_is_refused_by_a_new_process():
@@ -126,7 +126,7 @@ def test_a_size_that_does_not_exist_is_refused_by_a_new_process():
     run = [sys.executable, "-m", "minillm.bench", "memory"]
     done = subprocess.run(run, cwd=ROOT, env=os.environ | {"MINILLM_SIZE": "huge"},
                           capture_output=True, text=True)
-    check_refusal(done.returncode, done.stderr, "MINILLM_SIZE=huge: there are the")
+    check_refusal(done.returncode, done.stderr, "MINILLM_SIZE=huge: the sizes are")
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1
 
 
