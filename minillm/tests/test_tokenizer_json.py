@@ -132,7 +132,7 @@ def change(data, path, value):
     (("model", "vocab", "Ġthe"), 5000, "order of the ids|gaps"),
     (("model", "merges"), ["Ġ zz"], "not in the vocabulary"),
     (("model", "merges"), [["a"]], "damaged|not enough values"),
-    (("model", "merges"), [], "made by no merge"),
+    (("model", "merges"), [], "nor made by a merge"),
     (("added_tokens", 0, "rstrip"), True, "rstrip"),
     (("added_tokens", 0, "id"), "x", "damaged"),
     (("model",), [], "damaged"),
