@@ -164,11 +164,10 @@ def overlap(text: str, seen: set[int], n: int = 8) -> float:
 class Rows:
     """Batches of whole documents, one per row, padded on the right with targets of IGNORE.
 
-    documents: lists of token ids, each with its own start and end token.
-    rows[i] -> inputs, targets, int64 (b, t): batch i of an endless sequence that goes through all
-    documents in a new order in each epoch, except for a few that are left over if batch_size does
-    not divide their number. It depends only on the seed and i, so i is all that is needed to
-    resume. Documents of similar length share a batch, so there is little padding.
+    documents: lists of token ids, each with its own start and end token. rows[i] -> inputs,
+    targets, int64 (b, t): batch i of an endless sequence that goes through all documents in a new
+    order in each epoch (but for a few if batch_size does not divide their number). It depends only
+    on the seed and i: nothing else is needed to resume. A batch has documents of similar length.
     Raises ValueError for sizes that do not fit, TypeError for ids that are not integers.
     """
 
